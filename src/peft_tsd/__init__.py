@@ -1,1 +1,36 @@
-"""peft-tsd: fine-tuning along task-specific directions, as a method of Hugging Face PEFT."""
+"""Fine-tuning along task-specific directions, as a method of Hugging Face PEFT.
+
+LoRA-Dash, LoRA-Init and LoRA-TSD of Si et al., "Task-Specific Directions: Definition, Exploration, and Utilization in
+Parameter Efficient Fine-Tuning", arXiv 2409.01035. (Not the tangent-space spectral descent that shares the acronym.)
+Importing the package registers the method with PEFT.
+"""
+
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+
+from .config import TsdConfig, TsdType
+from .export import ExportReport, export_lora
+from .model import Directions, LayerDirections, PrelaunchWarning, TsdModel
+from .schedule import TsdCallback, advance
+
+# What peft.utils.register_peft_method does, for a type that is no member of PEFT's own enumeration.
+PEFT_TYPE_TO_CONFIG_MAPPING[TsdType.TSD] = TsdConfig
+PEFT_TYPE_TO_TUNER_MAPPING[TsdType.TSD] = TsdModel
+PEFT_TYPE_TO_PREFIX_MAPPING[TsdType.TSD] = TsdModel.prefix
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Directions",
+    "ExportReport",
+    "LayerDirections",
+    "PrelaunchWarning",
+    "TsdCallback",
+    "TsdConfig",
+    "TsdModel",
+    "advance",
+    "export_lora",
+]

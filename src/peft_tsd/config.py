@@ -1,0 +1,155 @@
+"""`TsdConfig`: LoRA's configuration, plus which directions are used, how many, and when."""
+
+from __future__ import annotations
+
+import difflib
+import enum
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from peft import LoraConfig
+
+Method = Literal["lora-dash", "lora-init", "lora-tsd"]
+InitReading = Literal["svd", "orthonormal"]
+
+
+class TsdType(str, enum.Enum):
+    """The value under which PEFT's mappings know this method; written as `peft_type` into saved configs."""
+
+    TSD = "TSD"
+
+
+# Fields of LoraConfig that change what a layer computes in ways the directions do not (yet) follow, and why.
+_REFUSED_FIELDS = {
+    "use_dora": "change rates are defined on LoRA's own change, not on DoRA's magnitude and direction",
+    "velora_config": "VeLoRA replaces the backward pass of LoRA's A",
+    "alora_invocation_tokens": "an activated LoRA has no single change of the weight to identify directions from",
+    "monteclora_config": "MonteCLoRA samples its change anew at every step",
+    "use_bdlora": "a block-diagonal factor cannot be restarted from, or stacked with, whole singular directions",
+    "arrow_config": "Arrow routes between finished adapters and trains none",
+    "kasa_config": "KaSA truncates the base weight, and here the base weight is never written to",
+    "use_qalora": "QA-LoRA pools the input, so that its A does not fit the directions of the weight",
+    "megatron_config": "Megatron's parallel layers hold only a part of each weight",
+    "target_parameters": "only whole Linear, Conv1D and Conv2d layers carry directions; name them in target_modules",
+    "layer_replication": "replicated layers share one weight, and their directions could not be merged or exported",
+}
+
+# Initializations that leave the base weight alone and B·A = 0 or small; the others subtract from the base weight.
+_ALLOWED_INITS = (True, False, "gaussian", "orthogonal")
+
+
+@dataclass
+class TsdConfig(LoraConfig):
+    """Configuration of LoRA-Dash, LoRA-Init and LoRA-TSD (Si et al., arXiv 2409.01035).
+
+    Training starts with a pre-launch of plain LoRA. After `prelaunch_steps` optimizer steps the task-specific
+    directions of every adapted layer are identified, once, from what LoRA learned so far. Then
+
+    - `"lora-dash"` also learns the change along them: `W + s·B·A + Σ_j Δσ_j u_j v_jᵀ`;
+    - `"lora-init"` restarts LoRA's A and B from them;
+    - `"lora-tsd"` does both.
+
+    Everything else is `peft.LoraConfig`'s and means what it means there: `r`, `lora_alpha`, `target_modules`,
+    `rank_pattern`, `use_rslora`, `lora_dropout`, `modules_to_save` and the rest.
+
+    Args:
+        method (`str`, defaults to `"lora-tsd"`):
+            One of `"lora-dash"`, `"lora-init"`, `"lora-tsd"`.
+        prelaunch_steps (`int`, defaults to 100):
+            Optimizer steps of plain LoRA before the directions are identified; t in the paper.
+        num_directions (`int`, defaults to 8):
+            Directions a layer whose change is learned directly; s in the paper. `"lora-init"` does not use it: it
+            restarts from the r highest.
+        init_reading (`str`, defaults to `"svd"`):
+            How LoRA-Init starts from directions U, σ, V. `"svd"`: `B₀ = U Σ^½/√s`, `A₀ = Σ^½ Vᵀ/√s`, the layer
+            computing `W + s(B·A − B₀·A₀)`. `"orthonormal"`: `A₀ = Vᵀ`, `B₀ = 0`. `"lora-dash"` does not use it.
+        dash_lr_ratio (`float`, defaults to 1.0):
+            Δσ is this number times the trained scalar, so that any optimizer moves Δσ that much faster than other
+            parameters. Adam moves a scalar by at most its learning rate a step while σ is of order 1 to 20: in a short
+            run the paper's 1.0 hardly moves Δσ. `"lora-init"` does not use it.
+        eps (`float`, defaults to 1e-6):
+            ε in the change rate `|u_iᵀ ΔW v_i| / (σ_i + ε)`, in the unit of σ.
+
+    Raises:
+        ValueError: A value is out of range, or a combination does not make sense; the message says which and why.
+
+    Example:
+
+        ```py
+        >>> from peft import get_peft_model
+        >>> from peft_tsd import TsdConfig
+
+        >>> config = TsdConfig(method="lora-tsd", r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+        >>> model = get_peft_model(base, config)
+        ```
+    """
+
+    method: Method = field(default="lora-tsd", metadata={"help": "lora-dash, lora-init or lora-tsd."})
+    prelaunch_steps: int = field(
+        default=100, metadata={"help": "Optimizer steps of plain LoRA before the directions are identified."}
+    )
+    num_directions: int = field(default=8, metadata={"help": "Directions a layer whose change is learned directly."})
+    init_reading: InitReading = field(
+        default="svd", metadata={"help": "How LoRA-Init starts from the directions: svd or orthonormal."}
+    )
+    dash_lr_ratio: float = field(
+        default=1.0,
+        metadata={"help": "The change along a direction is this number times its trained scalar."},
+    )
+    eps: float = field(default=1e-6, metadata={"help": "Keeps a change rate finite where σ is zero."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = TsdType.TSD
+        # Not a field: the warning about a missing transition is given once a process, and held while a schedule runs.
+        self.prelaunch_notice_given = False
+        _check_choice("method", self.method, get_args(Method))
+        _check_choice("init_reading", self.init_reading, get_args(InitReading))
+        _check_positive_int("prelaunch_steps", self.prelaunch_steps, "the number of optimizer steps of plain LoRA")
+        _check_positive_int("num_directions", self.num_directions, "the number of directions a layer")
+        _check_positive_float("dash_lr_ratio", self.dash_lr_ratio)
+        _check_positive_float("eps", self.eps)
+        for name, reason in _REFUSED_FIELDS.items():
+            if getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)!r} cannot be combined with {self.method}: {reason}.")
+        if self.init_lora_weights not in _ALLOWED_INITS:
+            raise ValueError(
+                f"init_lora_weights={self.init_lora_weights!r} cannot be combined with {self.method}: it writes to "
+                f"the base weight or needs data before training. Use one of {_ALLOWED_INITS}."
+            )
+        if self.starts_from_directions and self.init_reading == "svd":
+            for alpha in (self.lora_alpha, *(self.alpha_pattern or {}).values()):
+                if not alpha > 0:
+                    raise ValueError(
+                        f"lora_alpha={alpha!r} cannot be combined with {self.method} and init_reading='svd', which "
+                        "divides by LoRA's scaling: give a positive alpha, or init_reading='orthonormal'."
+                    )
+
+    @property
+    def learns_along_directions(self) -> bool:
+        """Whether Δσ is trained: LoRA-Dash and LoRA-TSD."""
+        return self.method != "lora-init"
+
+    @property
+    def starts_from_directions(self) -> bool:
+        """Whether A and B restart from the directions: LoRA-Init and LoRA-TSD."""
+        return self.method != "lora-dash"
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value in choices:
+        return
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.{hint}")
+
+
+def _check_positive_int(name: str, value: Any, meaning: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, {meaning}; got {value!r}.")
+
+
+def _check_positive_float(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive, finite number; got {value!r}.")

@@ -1,0 +1,216 @@
+"""Task-specific directions: the definitions of the paper, as pure functions on tensors.
+
+Si et al., "Task-Specific Directions: Definition, Exploration, and Utilization in Parameter Efficient Fine-Tuning",
+arXiv 2409.01035. Throughout, W is a weight of shape (out, in) with k = min(out, in) and singular value decomposition
+`W = Σ_i σ_i u_i v_iᵀ`, σ descending; ΔW is its change, of the same shape.
+
+A change may be given dense, or as low-rank factors `(B, A, scaling)` with B (out, r) and A (r, in), meaning
+`scaling · B A`. The factors are never multiplied out. All arithmetic is float64; results come back on the weight's
+device in the weight's dtype, or float32 where that is narrower. Where singular values repeat (or are zero), singular
+vectors are not unique, and neither are the coordinates on them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .spectrum import Spectrum, as_double
+
+LowRank = tuple[Tensor, Tensor, float]
+"""A change `scaling · B A` as (B, A, scaling), with B (out, r) and A (r, in)."""
+
+
+class CoreBases(NamedTuple):
+    """The core bases of a weight, as factors: basis i is `u[:, i] v[:, i]ᵀ` (definition 1)."""
+
+    u: Tensor
+    """Left singular vectors, shape (out, k)."""
+    sigma: Tensor
+    """Singular values, shape (k,), descending."""
+    v: Tensor
+    """Right singular vectors, shape (in, k)."""
+
+
+class TaskSpecificDirections(NamedTuple):
+    """The directions of a weight that a change moves most (definition 4), highest rate first."""
+
+    indices: Tensor
+    """Positions in the spectrum, 0 being the largest singular value; int64, shape (n,)."""
+    rates: Tensor
+    """Change rates, shape (n,), descending."""
+    u: Tensor
+    """Left singular vectors, shape (out, n)."""
+    sigma: Tensor
+    """Singular values, shape (n,)."""
+    v: Tensor
+    """Right singular vectors, shape (in, n)."""
+
+
+def core_bases(weight: Tensor) -> CoreBases:
+    """Core bases of `weight`: its k singular pairs (definition 1).
+
+    Args:
+        weight: Shape (out, in).
+
+    Raises:
+        TypeError: `weight` is not a floating-point tensor.
+        ValueError: `weight` is not a matrix, is empty, or holds NaN or Inf.
+    """
+    check_matrix(weight, "weight")
+    u, sigma, v_transposed = torch.linalg.svd(as_double(weight), full_matrices=False)
+    return CoreBases(*(_like(weight, x) for x in (u, sigma, v_transposed.mT)))
+
+
+def global_coordinates(weight: Tensor, matrix: Tensor) -> Tensor:
+    """Coordinates of `matrix` on the global bases `u_i v_jᵀ` of `weight`: `Uᵀ M V`, shape (k, k) (definition 2).
+
+    Args:
+        weight: The weight whose bases are used, shape (out, in).
+        matrix: The matrix to express, shape (out, in).
+
+    Raises:
+        TypeError, ValueError: As `core_bases`, for either argument; or the shapes differ.
+    """
+    _check_change(weight, matrix)
+    u, _, v = core_bases(as_double(weight))
+    return _like(weight, u.mT @ as_double(matrix) @ v)
+
+
+def core_coordinates(weight: Tensor, matrix: Tensor | LowRank) -> Tensor:
+    """Coordinates of `matrix` on the core bases `u_i v_iᵀ` of `weight`: `u_iᵀ M v_i`, shape (k,) (definition 2).
+
+    Args:
+        weight: The weight whose bases are used, shape (out, in).
+        matrix: The matrix to express, shape (out, in), or its factors (B, A, scaling).
+
+    Raises:
+        TypeError, ValueError: As `core_bases`, for either argument; or the shapes do not fit.
+    """
+    _check_change(weight, matrix)
+    return _like(weight, _core_coordinates(Spectrum(weight), matrix))
+
+
+def direction(weight: Tensor) -> Tensor:
+    """The direction of `weight`: its own coordinates on its global bases, as one vector (definition 2).
+
+    Returns:
+        Shape (k·k,): σ_i at position i·k + i, zero elsewhere. The direction of another matrix M seen from `weight` is
+        `global_coordinates(weight, M).flatten()`.
+
+    Raises:
+        TypeError, ValueError: As `core_bases`.
+    """
+    check_matrix(weight, "weight")
+    return _like(weight, torch.diag(torch.linalg.svdvals(as_double(weight))).flatten())
+
+
+def change_rates(weight: Tensor, delta: Tensor | LowRank, eps: float = 1e-6) -> Tensor:
+    """Change rate of every core direction (definition 3): `δ_i = |u_iᵀ ΔW v_i| / (σ_i + ε)`.
+
+    Args:
+        weight: Frozen weight W, shape (out, in).
+        delta: Its change ΔW, shape (out, in), or the factors (B, A, scaling) of it.
+        eps: Keeps the rate finite where σ is zero; in the unit of σ.
+
+    Returns:
+        Shape (k,), in the order of the singular values (descending).
+
+    Raises:
+        TypeError, ValueError: As `core_bases`, for either argument; or the shapes do not fit; or `eps` is not
+            positive.
+    """
+    _check_change(weight, delta)
+    return _like(weight, _change_rates(Spectrum(weight), delta, eps))
+
+
+def task_specific_directions(
+    weight: Tensor, delta: Tensor | LowRank, num: int, eps: float = 1e-6
+) -> TaskSpecificDirections:
+    """The `num` core directions of `weight` with the highest change rates under `delta` (definition 4).
+
+    Args:
+        weight: Frozen weight W, shape (out, in).
+        delta: Its change ΔW, shape (out, in), or the factors (B, A, scaling) of it.
+        num: How many to choose; a weight with fewer (k < num) gives all k.
+        eps: As in `change_rates`.
+
+    Raises:
+        TypeError, ValueError: As `change_rates`; or `num` is not a positive integer.
+    """
+    if isinstance(num, bool) or not isinstance(num, int) or num < 1:
+        raise ValueError(f"num must be a positive integer, the number of directions to choose; got {num!r}.")
+    _check_change(weight, delta)
+    spectrum = Spectrum(weight)
+    rates = _change_rates(spectrum, delta, eps)
+    # A stable sort, so that equal rates are taken in the order of the spectrum on every machine.
+    indices = torch.sort(rates, descending=True, stable=True).indices[:num]
+    return TaskSpecificDirections(
+        indices=indices.to(weight.device),
+        rates=_like(weight, rates[indices]),
+        u=_like(weight, spectrum.u(indices)),
+        sigma=_like(weight, spectrum.sigma[indices]),
+        v=_like(weight, spectrum.v(indices)),
+    )
+
+
+def check_matrix(matrix: Tensor, name: str) -> None:
+    """Refuse what no definition here covers, naming it `name`.
+
+    Raises:
+        TypeError: Not a floating-point tensor.
+        ValueError: Not two-dimensional, empty, or holding NaN or Inf.
+    """
+    if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
+        kind = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
+        raise TypeError(f"{name} must be a floating-point tensor of shape (out, in); got {kind}.")
+    if matrix.ndim != 2 or matrix.numel() == 0:
+        raise ValueError(f"{name} must be a non-empty matrix of shape (out, in); got shape {tuple(matrix.shape)}.")
+    bad = matrix.numel() - int(torch.isfinite(matrix).sum())
+    if bad:
+        raise ValueError(
+            f"{name} of shape {tuple(matrix.shape)} holds {bad} NaN or Inf; its directions are not defined. "
+            "Look for a diverged training step or a damaged checkpoint."
+        )
+
+
+def _check_change(weight: Tensor, delta: Tensor | LowRank) -> None:
+    check_matrix(weight, "weight")
+    if isinstance(delta, Tensor):
+        check_matrix(delta, "delta")
+        shape = tuple(delta.shape)
+    else:
+        if not isinstance(delta, tuple) or len(delta) != 3:
+            raise TypeError(f"delta must be a dense tensor or the tuple (B, A, scaling); got {type(delta).__name__}.")
+        b, a, scaling = delta
+        check_matrix(b, "delta's B")
+        check_matrix(a, "delta's A")
+        if b.shape[1] != a.shape[0]:
+            raise ValueError(
+                "delta's factors must be B (out, r) and A (r, in) with one r; "
+                f"got B {tuple(b.shape)} and A {tuple(a.shape)}."
+            )
+        if scaling != scaling or abs(scaling) == float("inf"):
+            raise ValueError(f"delta's scaling must be finite; got {scaling}.")
+        shape = (b.shape[0], a.shape[1])
+    if shape != tuple(weight.shape):
+        raise ValueError(f"delta must have the weight's shape {tuple(weight.shape)}; got {shape}.")
+
+
+def _core_coordinates(spectrum: Spectrum, delta: Tensor | LowRank) -> Tensor:
+    if isinstance(delta, Tensor):
+        return (spectrum.u() * (as_double(delta) @ spectrum.v())).sum(0)
+    b, a, scaling = delta
+    return scaling * (spectrum.left_coordinates(b) * spectrum.right_coordinates(a.mT)).sum(1)
+
+
+def _change_rates(spectrum: Spectrum, delta: Tensor | LowRank, eps: float) -> Tensor:
+    if not 0 < eps < float("inf"):
+        raise ValueError(f"eps must be positive and finite; got {eps!r}.")
+    return _core_coordinates(spectrum, delta).abs() / (spectrum.sigma + eps)
+
+
+def _like(weight: Tensor, result: Tensor) -> Tensor:
+    return result.to(weight.device, torch.promote_types(weight.dtype, torch.float32))

@@ -1,0 +1,230 @@
+"""What leaves the library: an adapter as a plain LoRA, which every server already loads.
+
+Each adapter *is* a LoRA of a higher rank. With A, B and scaling s of LoRA, directions U, V with their learned changes
+Δσ, and LoRA-Init's starting factors A₀, B₀,
+
+    A' = [A; Vᵀ; A₀],    B' = [s·B, U·diag(Δσ), −s·B₀],    scaling 1
+
+is exact: rank r + s, or 2r + s with the `"svd"` reading of LoRA-Init. Compression to a smaller rank goes through QR of
+both factors and an SVD of the small core between them; the dense change is never formed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
+from peft.utils.other import get_pattern_key
+from peft.utils.save_and_load import load_peft_weights
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .config import TsdConfig
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What `export_lora` wrote.
+
+    Attributes:
+        path: The folder of the plain LoRA.
+        rank: Its rank; the largest where layers differ.
+        errors: For a compressed export, the relative error ‖ΔW − ΔW'‖/‖ΔW‖ (Frobenius) of each layer; empty where
+            exact.
+    """
+
+    path: Path
+    rank: int
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        if not self.errors:
+            return f"plain LoRA of rank {self.rank}, exact: {self.path}"
+        worst = max(self.errors, key=self.errors.__getitem__)
+        mean = sum(self.errors.values()) / len(self.errors)
+        return (
+            f"plain LoRA of rank {self.rank}: {self.path}\n"
+            f"relative error of the change: mean {mean:.2e}, largest {self.errors[worst]:.2e} in {worst}"
+        )
+
+
+def export_lora(
+    model_or_path: nn.Module | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    rank: int | None = None,
+    adapter_name: str | None = None,
+) -> ExportReport:
+    """Write an adapter as a plain LoRA (`peft_type` LORA) into the new folder `out`.
+
+    PEFT, vLLM, diffusers and others load the result without this package. An adapter still in pre-launch is exported
+    as the LoRA it is.
+
+    Args:
+        model_or_path: A model with TSD adapters, or a folder (or hub name) saved by `save_pretrained`.
+        out: The folder to make; it must not exist.
+        rank: Compress to at most this rank by truncated SVD, and report the relative error of each layer. Exact, at
+            rank r + s (or 2r + s with the `"svd"` reading of LoRA-Init), by default.
+        adapter_name: The adapter of the model to export; the active one by default.
+
+    Raises:
+        FileExistsError: `out` exists.
+        ValueError: The adapter is not a TSD adapter, its tensors do not fit its config or hold NaN or Inf, or `rank`
+            is not a positive integer. Nothing is written then.
+    """
+    out = Path(out)
+    if out.exists() or out.is_symlink():
+        raise FileExistsError(f"{out} exists and is not overwritten. Give a new folder, or remove it first.")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rank must be a positive integer, or None for an exact export; got {rank!r}.")
+    config, state = _read(model_or_path, adapter_name)
+    lora_config, lora_state, errors = _as_lora(config, state, rank)
+    _write(out, lora_config, lora_state)
+    ranks = [tensor.shape[0] for key, tensor in lora_state.items() if key.endswith(".lora_A.weight")]
+    return ExportReport(out, max(ranks), errors)
+
+
+def _read(
+    model_or_path: nn.Module | str | os.PathLike[str], adapter_name: str | None
+) -> tuple[TsdConfig, dict[str, Tensor]]:
+    if isinstance(model_or_path, nn.Module):
+        model = model_or_path
+        configs = getattr(model, "peft_config", {})
+        if adapter_name is None:
+            active = getattr(model, "active_adapters", None)
+            active = active() if callable(active) else active  # a method on transformers models
+            adapter_name = next(iter(active or configs), "default")
+        if adapter_name not in configs:
+            raise ValueError(f"The model has no adapter {adapter_name!r}; it has {sorted(configs)}.")
+        config = configs[adapter_name]
+        _check_type(config, f"Adapter {adapter_name!r}")
+        return config, get_peft_model_state_dict(model, adapter_name=adapter_name)
+    path = os.fspath(model_or_path)
+    config = PeftConfig.from_pretrained(path)
+    _check_type(config, path)
+    return config, load_peft_weights(path, device="cpu")
+
+
+def _check_type(config: PeftConfig, name: str) -> None:
+    if not isinstance(config, TsdConfig):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise ValueError(f"{name} is an adapter of type {kind}, not of type TSD; there is nothing to convert.")
+
+
+def _as_lora(
+    config: TsdConfig, state: dict[str, Tensor], rank: int | None
+) -> tuple[LoraConfig, dict[str, Tensor], dict[str, float]]:
+    layers = sorted(key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight"))
+    if not layers:
+        raise ValueError("The adapter has no LoRA layer; there is nothing to export.")
+    out = {
+        _prefixed(key): tensor
+        for key, tensor in state.items()
+        if not re.search(r"\.lora_(A|B|dash|directions)\.", key)
+    }
+    ranks: dict[str, int] = {}
+    errors: dict[str, float] = {}
+    for layer in layers:
+        name = _prefixed(layer).removeprefix("base_model.model.")
+        factor_a, factor_b, bias = _stack(config, state, layer, name)
+        if rank is not None:
+            factor_a, factor_b, errors[name] = _truncate(factor_a, factor_b, rank)
+        kernel = state[f"{layer}.lora_A.weight"].shape[1:]
+        ranks[name] = factor_a.shape[0]
+        out[_prefixed(f"{layer}.lora_A.weight")] = factor_a.reshape(-1, *kernel)
+        out[_prefixed(f"{layer}.lora_B.weight")] = factor_b[(..., *(None,) * (len(kernel) - 1))]
+        if bias is not None:
+            out[_prefixed(f"{layer}.lora_B.bias")] = bias
+    return _lora_config(config, ranks), out, errors
+
+
+def _stack(config: TsdConfig, state: dict[str, Tensor], layer: str, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The exact factors A' (n, in), B' (out, n) and the bias (out,) of one layer, in float32."""
+    try:
+        a = state[f"{layer}.lora_A.weight"].float().flatten(1)
+        b = state[f"{layer}.lora_B.weight"].float().flatten(1)
+        theta = state[f"{layer}.lora_dash.weight"].float()
+        u, v, a0, b0 = (state[f"{layer}.lora_directions.{part}"].float() for part in ("u", "v", "a0", "b0"))
+        identified = bool(state[f"{layer}.lora_directions.indices"][0] >= 0)
+    except KeyError as missing:
+        raise ValueError(f"The adapter is incomplete: it lacks {missing.args[0]!r}.") from None
+    scaling = _scaling(config, name, rank=a.shape[0])
+    terms = [(a, scaling * b)]
+    if identified:
+        terms += [(v, u * (config.dash_lr_ratio * theta)), (a0, -scaling * b0)]
+    for down, up in terms:
+        if down.shape != (up.shape[1], a.shape[1]) or up.shape[0] != b.shape[0]:
+            raise ValueError(
+                f"Layer {name!r} holds factors {tuple(up.shape)} and {tuple(down.shape)} that do not fit."
+            )
+    factor_a, factor_b = torch.cat([down for down, _ in terms]), torch.cat([up for _, up in terms], dim=1)
+    if not (torch.isfinite(factor_a).all() and torch.isfinite(factor_b).all()):
+        raise ValueError(f"Layer {name!r} holds NaN or Inf; a broken adapter is not exported.")
+    bias = state.get(f"{layer}.lora_B.bias")
+    return factor_a, factor_b, None if bias is None else scaling * bias.float()
+
+
+def _scaling(config: TsdConfig, name: str, rank: int) -> float:
+    patterns = config.alpha_pattern or {}
+    alpha = patterns.get(get_pattern_key(patterns.keys(), name), config.lora_alpha)
+    return float(alpha) / (rank**0.5 if config.use_rslora else rank)
+
+
+def _truncate(factor_a: Tensor, factor_b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The best factors of at most `rank`, and their relative error, through the small core between two QRs."""
+    q_b, r_b = torch.linalg.qr(factor_b.double())
+    q_a, r_a = torch.linalg.qr(factor_a.double().mT)
+    u, sigma, v_transposed = torch.linalg.svd(r_b @ r_a.mT)
+    keep = min(rank, len(sigma))
+    root = sigma[:keep].sqrt()
+    total = sigma.square().sum()
+    error = float((sigma[keep:].square().sum() / total).sqrt()) if total > 0 else 0.0
+    new_b = q_b @ (u[:, :keep] * root)
+    new_a = (root[:, None] * v_transposed[:keep]) @ q_a.mT
+    return new_a.float(), new_b.float(), error
+
+
+def _lora_config(config: TsdConfig, ranks: dict[str, int]) -> LoraConfig:
+    shared = {f.name: getattr(config, f.name) for f in fields(LoraConfig) if f.name != "peft_type"}
+    commonest = max(set(ranks.values()), key=list(ranks.values()).count)
+    patterns = {re.escape(name): rank for name, rank in ranks.items() if rank != commonest}
+    return LoraConfig(
+        **{
+            **shared,
+            "r": commonest,
+            "lora_alpha": commonest,  # with r, a scaling of 1
+            "use_rslora": False,
+            "rank_pattern": patterns,
+            "alpha_pattern": dict(patterns),
+            "init_lora_weights": True,
+            "inference_mode": True,
+        }
+    )
+
+
+def _prefixed(key: str) -> str:
+    """A key of the saved state as PEFT writes it; adapters injected into a model lack the prefix."""
+    return key if key.startswith("base_model.model.") else f"base_model.model.{key}"
+
+
+def _write(out: Path, config: LoraConfig, state: dict[str, Tensor]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        save_file(
+            {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()},
+            partial / "adapter_model.safetensors",
+            metadata={"format": "pt"},
+        )
+        config.save_pretrained(str(partial))
+        partial.chmod(0o755)  # mkdtemp makes folders only their owner can read
+        os.rename(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

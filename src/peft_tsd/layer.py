@@ -1,0 +1,347 @@
+"""The adapter layers: LoRA, plus scalars along fixed directions, computed as one LoRA of a higher rank.
+
+With A (r, in), B (out, r) and scaling s of LoRA, directions U (out, n), V (in, n) and their changes Δσ (n,), and for
+the `"svd"` reading of LoRA-Init the starting factors A₀, B₀, every layer computes
+
+    W_eff = W + B'·A',    A' = [A; Vᵀ; A₀],    B' = [s·B, U·diag(Δσ), −s·B₀]
+
+from the first step on (Si et al., arXiv 2409.01035). Until the directions are identified U, V, Δσ, A₀ and B₀ are zeros
+of their final shape: the optimizer and distributed wrappers hold the parameters they will always hold, and there is
+one forward, with no branch on the phase.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from peft.tuners import lora
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
+
+from .config import TsdConfig
+from .directions import LowRank, TaskSpecificDirections, check_matrix, task_specific_directions
+
+
+class DashScalars(nn.Module):
+    """The trained scalars θ of one layer, shape (num_directions,); the change along direction j is `ratio · θ_j`."""
+
+    def __init__(self, num_directions: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_directions))
+
+
+class FixedDirections(nn.Module):
+    """What identification leaves in one layer. Frozen parameters, because DDP sends buffers around at every step.
+
+    Convolution kernels are flattened: `in` is in·kh·kw.
+
+    Attributes:
+        step: Optimizer steps taken by this adapter, int64, shape (1,).
+        indices: Chosen positions in the spectrum, highest rate first; int64, shape (m,), with m the larger of r and
+            num_directions as the method uses them. -1 before identification, and where the weight has fewer.
+        rates, sigma: Change rates and singular values of those, shape (m,).
+        u, v: Directions of the dash, shapes (out, num_directions) and (num_directions, in).
+        a0, b0: Starting factors of LoRA-Init's `"svd"` reading, shapes (r, in) and (out, r).
+    """
+
+    def __init__(self, in_size: int, out_size: int, num_chosen: int, num_dash: int, num_start: int) -> None:
+        super().__init__()
+
+        def fixed(*shape: int, dtype: torch.dtype | None = None, fill: float = 0) -> nn.Parameter:
+            return nn.Parameter(torch.full(shape, fill, dtype=dtype or torch.get_default_dtype()), requires_grad=False)
+
+        self.step = fixed(1, dtype=torch.int64)
+        self.indices = fixed(num_chosen, dtype=torch.int64, fill=-1)
+        self.rates = fixed(num_chosen)
+        self.sigma = fixed(num_chosen)
+        self.u = fixed(out_size, num_dash)
+        self.v = fixed(num_dash, in_size)
+        self.a0 = fixed(num_start, in_size)
+        self.b0 = fixed(out_size, num_start)
+
+    @property
+    def identified(self) -> bool:
+        """Whether the directions have been chosen: pre-launch is over."""
+        return bool(self.indices[0] >= 0)
+
+
+class Identified(NamedTuple):
+    """Everything the transition writes into one layer, computed before anything is written."""
+
+    chosen: TaskSpecificDirections
+    start_a: Tensor | None
+    start_b: Tensor | None
+
+
+class TsdLayer(LoraLayer):
+    """What LoRA-Dash, LoRA-Init and LoRA-TSD add to a LoRA layer of PEFT, mixed in before it."""
+
+    adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_dash")
+    other_param_names = (*LoraLayer.other_param_names, "lora_directions", "tsd_config")
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: TsdConfig, **kwargs: Any) -> None:
+        if not isinstance(config, TsdConfig):
+            raise TypeError(
+                f"This layer carries a TSD adapter and cannot take one of type {type(config).__name__} beside it. "
+                "Export one of them with export_lora and load that, or use a second model."
+            )
+        if not hasattr(self, "lora_dash"):
+            # PEFT's constructors call update_layer themselves, before a subclass could add anything after them.
+            self.lora_dash = nn.ModuleDict()
+            self.lora_directions = nn.ModuleDict()
+            self.tsd_config: dict[str, TsdConfig] = {}
+        out_size, in_size = self.weight_matrix().shape
+        if config.starts_from_directions and r > min(out_size, in_size):
+            raise ValueError(
+                f"{kwargs.get('target_name') or type(self.get_base_layer()).__name__} has "
+                f"{min(out_size, in_size)} directions, fewer than r={r} that {config.method} starts from. "
+                "Give it a smaller rank with rank_pattern, or leave it out of target_modules."
+            )
+        num_dash = config.num_directions if config.learns_along_directions else 0
+        num_start = r if config.starts_from_directions else 0
+        self.lora_dash[adapter_name] = DashScalars(num_dash)
+        self.lora_directions[adapter_name] = FixedDirections(
+            in_size,
+            out_size,
+            num_chosen=max(num_dash, num_start),
+            num_dash=num_dash,
+            num_start=num_start if config.init_reading == "svd" else 0,
+        )
+        self.tsd_config[adapter_name] = config
+        # Last, because it moves every part of the adapter to the base layer's device and dtype.
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def weight_matrix(self) -> Tensor:
+        """The frozen base weight as a matrix (out, in), a view of it."""
+        raise NotImplementedError
+
+    def fixed(self, adapter: str) -> FixedDirections:
+        """What identification fixed for `adapter` in this layer."""
+        return cast(FixedDirections, self.lora_directions[adapter])
+
+    def low_rank_change(self, adapter: str) -> LowRank:
+        """LoRA's own change (B, A, scaling), as matrices (out, r) and (r, in), detached."""
+        return (
+            self.lora_B[adapter].weight.detach().flatten(1),
+            self.lora_A[adapter].weight.detach().flatten(1),
+            self.scaling[adapter],
+        )
+
+    def stacked_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """The whole effective change as two factors A' (n, in) and B' (out, n): `W_eff = W + B'·A'`."""
+        a, b = self.lora_A[adapter].weight.flatten(1), self.lora_B[adapter].weight.flatten(1)
+        scaling = self.scaling[adapter]
+        fixed = self.fixed(adapter)
+        # PEFT's set_scale and scale_layer turn the strength of a whole adapter up and down through `scaling`.
+        delta_sigma = self._strength(adapter) * self.delta_sigma(adapter)
+        return (
+            torch.cat([a, fixed.v, fixed.a0]),
+            torch.cat([scaling * b, fixed.u * delta_sigma, -scaling * fixed.b0], dim=1),
+        )
+
+    def delta_sigma(self, adapter: str) -> Tensor:
+        """Δσ: the learned change along each direction, shape (num_directions,)."""
+        theta = cast(DashScalars, self.lora_dash[adapter]).weight
+        return self.tsd_config[adapter].dash_lr_ratio * theta
+
+    def _strength(self, adapter: str) -> float:
+        r, alpha = self.r[adapter], self.lora_alpha[adapter]
+        initial = alpha / (math.sqrt(r) if self.use_rslora[adapter] else r)
+        return self.scaling[adapter] / initial if initial else 1.0
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The whole effective change of the base weight, in its shape and orientation, in the adapter's dtype.
+
+        Args:
+            adapter: Name of the adapter.
+        """
+        factor_a, factor_b = self.stacked_factors(adapter)
+        dtype = factor_a.dtype
+        if factor_a.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
+            factor_a, factor_b = (
+                factor_a.float(),
+                factor_b.float(),
+            )  # half-precision products are slow on CPUs
+        return self._like_base(factor_b @ factor_a).to(dtype)
+
+    def _like_base(self, matrix: Tensor) -> Tensor:
+        """A matrix (out, in) in the shape and orientation of the base weight."""
+        raise NotImplementedError
+
+    def _apply_factors(self, x: Tensor, factor_a: Tensor, factor_b: Tensor) -> Tensor:
+        """`B' A' x` for an input of the base layer."""
+        raise NotImplementedError
+
+    def _adapter_output(self, adapter: str, x: Tensor) -> Tensor:
+        x = self._cast_input_dtype(x, self.lora_A[adapter].weight.dtype)
+        output = self._apply_factors(self.lora_dropout[adapter](x), *self.stacked_factors(adapter))
+        if self.lora_bias[adapter]:
+            bias = self.lora_B[adapter].bias * self.scaling[adapter]
+            output = output + bias.view(-1, *(1,) * (self.get_base_layer().weight.ndim - 2))
+        return output
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self._check_forward_args(x, *args, **kwargs)
+        adapter_names = kwargs.pop("adapter_names", None)
+        if self.merged and self.disable_adapters:
+            self.unmerge()
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.merged or self.disable_adapters:
+            return result
+        if adapter_names is not None:
+            return self._add_by_row(result, x, adapter_names)
+        dtype = result.dtype
+        for adapter in self.active_adapters:
+            if adapter in self.lora_A:
+                result = result + self._adapter_output(adapter, x)
+        return result.to(dtype)
+
+    def _add_by_row(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
+        # Inference on a batch whose rows use different adapters.
+        for adapter in set(adapter_names):
+            if adapter in self.lora_A:
+                rows = [row for row, name in enumerate(adapter_names) if name == adapter]
+                result[rows] += self._adapter_output(adapter, x[rows]).to(result.dtype)
+        return result
+
+    @torch.no_grad()
+    def identify(self, adapter: str) -> Identified:
+        """Find the task-specific directions of this layer from what LoRA has learned; writes nothing.
+
+        Raises:
+            ValueError: LoRA's factors or the base weight hold NaN or Inf.
+        """
+        config = self.tsd_config[adapter]
+        fixed = self.fixed(adapter)
+        chosen = task_specific_directions(
+            self.weight_matrix(), self.low_rank_change(adapter), num=len(fixed.indices), eps=config.eps
+        )
+        start_a = start_b = None
+        if config.starts_from_directions:
+            r = self.r[adapter]
+            u, sigma, v = chosen.u[:, :r], chosen.sigma[:r], chosen.v[:, :r]
+            if config.init_reading == "svd":
+                root = (sigma / self.scaling[adapter]).sqrt()
+                start_a, start_b = root[:, None] * v.mT, u * root
+            else:
+                start_a, start_b = v.mT, torch.zeros_like(u)
+        # Only the chosen few go on, and off an accelerator, until every layer is done and all can be written at once.
+        num_dash = fixed.u.shape[1]
+        chosen = chosen._replace(u=chosen.u[:, :num_dash].clone(), v=chosen.v[:, :num_dash].clone())
+        return Identified(
+            TaskSpecificDirections(*(x.cpu() for x in chosen)),
+            None if start_a is None else start_a.cpu(),
+            None if start_b is None else start_b.cpu(),
+        )
+
+    @torch.no_grad()
+    def fill(self, adapter: str, found: Identified) -> None:
+        """Write what `identify` found: from here on the directions are part of the layer."""
+        fixed = self.fixed(adapter)
+        chosen = found.chosen
+        n = len(chosen.indices)  # fewer than asked for where the weight has fewer; the rest stay zeros
+        num_dash = chosen.u.shape[1]
+        fixed.u[:, :num_dash] = chosen.u.to(fixed.u)
+        fixed.v[:num_dash] = chosen.v.mT.to(fixed.v)
+        fixed.rates[:n] = chosen.rates.to(fixed.rates)
+        fixed.sigma[:n] = chosen.sigma.to(fixed.sigma)
+        if found.start_a is not None and found.start_b is not None:
+            a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+            a.copy_(found.start_a.view_as(a))
+            b.copy_(found.start_b.view_as(b))
+            if self.lora_bias[adapter]:
+                self.lora_B[adapter].bias.zero_()
+            if self.tsd_config[adapter].init_reading == "svd":
+                # From the parameters, so that both sides of B·A − B₀·A₀ carry the same rounding.
+                fixed.a0.copy_(a.flatten(1))
+                fixed.b0.copy_(b.flatten(1))
+        fixed.indices[:n] = chosen.indices.to(fixed.indices)
+
+    def check_identifiable(self, adapter: str) -> None:
+        """Refuse a layer whose directions cannot be identified.
+
+        Raises:
+            ValueError: Its weight is not whole in this process's memory, or it or LoRA's factors hold NaN or Inf.
+        """
+        weight = self.weight_matrix()
+        if weight.is_meta or isinstance(weight, DTensor):
+            where = "offloaded (on the meta device)" if weight.is_meta else "sharded over processes"
+            raise ValueError(f"its base weight is {where}; keep the weights of adapted layers whole in memory.")
+        b, a, _ = self.low_rank_change(adapter)
+        for name, matrix in (("LoRA's B", b), ("LoRA's A", a), ("the base weight", weight)):
+            check_matrix(matrix, name)
+
+
+class Linear(TsdLayer, lora.Linear):
+    """TSD on `nn.Linear` and on transformers' `Conv1D`, which stores its weight as (in, out)."""
+
+    def weight_matrix(self) -> Tensor:
+        base = self.get_base_layer()
+        weight: Tensor = base.weight
+        return weight.T if isinstance(base, Conv1D) else weight
+
+    def _like_base(self, matrix: Tensor) -> Tensor:
+        return matrix.T if isinstance(self.get_base_layer(), Conv1D) else matrix
+
+    def _apply_factors(self, x: Tensor, factor_a: Tensor, factor_b: Tensor) -> Tensor:
+        return F.linear(F.linear(x, factor_a), factor_b)
+
+
+class Conv2d(TsdLayer, lora.Conv2d):
+    """TSD on `nn.Conv2d`, its kernel read as a matrix (out, in·kh·kw)."""
+
+    def weight_matrix(self) -> Tensor:
+        weight: Tensor = self.get_base_layer().weight
+        return weight.flatten(1)
+
+    def _like_base(self, matrix: Tensor) -> Tensor:
+        return matrix.view_as(self.get_base_layer().weight)
+
+    def _apply_factors(self, x: Tensor, factor_a: Tensor, factor_b: Tensor) -> Tensor:
+        base = self.get_base_layer()
+        kernel = factor_a.view(-1, *base.weight.shape[1:])
+        hidden = F.conv2d(x, kernel, stride=base.stride, padding=base.padding)
+        return F.conv2d(hidden, factor_b[:, :, None, None])
+
+
+def create_layer(target: nn.Module, adapter_name: str, config: TsdConfig, **kwargs: Any) -> TsdLayer:
+    """Wrap the module `target` in the TSD layer of its type.
+
+    Raises:
+        ValueError: There is none; the message names the module and says what to leave out.
+    """
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    name = kwargs.get("target_name") or type(base).__name__
+    if reason := _unsupported(base):
+        raise ValueError(
+            f"{name} cannot carry a {config.method} adapter: {reason}. "
+            f"Leave it out of target_modules, or name it in exclude_modules=[{name!r}]."
+        )
+    if isinstance(base, nn.Conv2d):
+        return Conv2d(target, adapter_name, config=config, **kwargs)
+    layer = Linear(target, adapter_name, config=config, is_target_conv_1d_layer=isinstance(base, Conv1D), **kwargs)
+    # The type of the layer decides how its weight is stored, whatever the config says of the others.
+    layer.fan_in_fan_out = isinstance(base, Conv1D)
+    return layer
+
+
+def _unsupported(base: nn.Module) -> str | None:
+    if not isinstance(base, (nn.Linear, Conv1D, nn.Conv2d)):
+        return f"it is of type {type(base).__name__}, and only Linear, Conv1D and Conv2d weights have directions here"
+    if not base.weight.is_floating_point():
+        return f"its weight is quantized ({type(base).__name__}, {base.weight.dtype}); load the base model in bfloat16"
+    if isinstance(base, nn.Conv2d):
+        if base.groups != 1:
+            return f"it is a convolution in {base.groups} groups, whose LoRA is not a change of the kernel's shape"
+        if tuple(base.dilation) != (1, 1) or base.padding_mode != "zeros":
+            return (
+                f"it is a convolution with dilation {tuple(base.dilation)} and padding mode {base.padding_mode!r}, "
+                "which PEFT's LoRA layers, and so any export, do not follow"
+            )
+    return None

@@ -1,0 +1,231 @@
+"""`TsdModel`: the tuner PEFT puts between a model and its TSD layers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from peft.tuners.lora import LoraLayer, LoraModel
+from torch import Tensor, nn
+
+from .config import TsdConfig
+from .layer import TsdLayer, create_layer
+
+Phase = Literal["pre-launch", "dash"]
+
+
+@dataclass(frozen=True)
+class LayerDirections:
+    """The task-specific directions identified in one layer, highest change rate first.
+
+    `indices`, `rates` and `sigma` have one entry a direction chosen; the dash learns along the first num_directions
+    of them.
+    """
+
+    indices: Tensor
+    """Positions in the spectrum, 0 being the largest singular value; int64, shape (m,)."""
+    rates: Tensor
+    """Change rates at the transition, shape (m,)."""
+    sigma: Tensor
+    """Singular values, shape (m,)."""
+    rank_bound: int
+    """How many directions the weight has: min(out, in)."""
+    delta_sigma: Tensor
+    """Learned change along each direction of the dash, shape (n,) with n ≤ m; empty for LoRA-Init."""
+    u: Tensor
+    """Left singular vectors of the dash, shape (out, n)."""
+    v: Tensor
+    """Right singular vectors of the dash, shape (in, n)."""
+
+
+class Directions(Mapping[str, LayerDirections]):
+    """The directions of every layer by its name; printed, a table."""
+
+    def __init__(self, layers: dict[str, LayerDirections]) -> None:
+        self._layers = layers
+
+    def __getitem__(self, name: str) -> LayerDirections:
+        return self._layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __str__(self) -> str:
+        rows = [("layer", "of", "directions, highest change rate first", "rate", "σ", "Δσ")]
+        for name, found in self.items():
+            shown = [str(i) for i in found.indices[:8].tolist()]
+            moved = found.delta_sigma
+            change = f"{moved[moved.abs().argmax()]:+.2g}" if len(moved) else "-"
+            rows.append(
+                (
+                    name,
+                    str(found.rank_bound),
+                    " ".join(shown) + (" ..." if len(found.indices) > 8 else ""),
+                    f"{found.rates[0]:.2g}",
+                    f"{found.sigma[0]:.2g}",
+                    change,
+                )
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        return "\n".join([*lines, "rate, σ: of the first direction; Δσ: the largest learned change of the layer."])
+
+
+def adapted_layers(model: nn.Module, adapter: str) -> dict[str, TsdLayer]:
+    """The TSD layers of `model` that carry `adapter`, by the name each has in the base model, in the model's order."""
+    return {
+        name.split("base_model.model.", 1)[-1]: module
+        for name, module in model.named_modules()
+        if isinstance(module, TsdLayer) and adapter in module.lora_A
+    }
+
+
+def steps_taken(layers: Mapping[str, TsdLayer], adapter: str) -> int:
+    """Optimizer steps the adapter has taken, as its layers recorded them."""
+    return int(_any(layers).fixed(adapter).step)
+
+
+def phase_of(layers: Mapping[str, TsdLayer], adapter: str) -> Phase:
+    """The phase of an adapter, read from its layers."""
+    return "dash" if _any(layers).fixed(adapter).identified else "pre-launch"
+
+
+def _any(layers: Mapping[str, TsdLayer]) -> TsdLayer:
+    # Steps are counted, and directions written, in all layers of an adapter together: one read tells of all.
+    return next(iter(layers.values()))
+
+
+class PrelaunchWarning(UserWarning):
+    """An adapter is used as finished while it is still the plain LoRA of its pre-launch."""
+
+
+def warn_in_prelaunch(config: TsdConfig, layers: Mapping[str, TsdLayer], adapter: str, event: str) -> None:
+    """Say once for each config that `adapter` has no directions yet, and why that is likely so."""
+    if config.prelaunch_notice_given or not layers or phase_of(layers, adapter) == "dash":
+        return
+    config.prelaunch_notice_given = True
+    steps = steps_taken(layers, adapter)
+    cause = (
+        "No step was ever counted: pass callbacks=[TsdCallback()] to the Trainer, or call "
+        "advance(model, optimizer) after each optimizer step of your own loop."
+        if steps == 0
+        else f"It has counted {steps} of its {config.prelaunch_steps} pre-launch steps: train longer, or lower "
+        "prelaunch_steps."
+    )
+    warnings.warn(
+        f"Adapter {adapter!r} ({config.method}) {event} while still in pre-launch: it is a plain LoRA so far, with no "
+        f"task-specific directions. {cause}",
+        PrelaunchWarning,
+        stacklevel=3,
+    )
+
+
+class TsdModel(LoraModel):
+    """A model with LoRA-Dash, LoRA-Init or LoRA-TSD adapters (Si et al., arXiv 2409.01035).
+
+    Made by `peft.get_peft_model(model, TsdConfig(...))`; everything PEFT offers on a `LoraModel` works on it, but what
+    would combine adapters by their A and B alone.
+
+    Args:
+        model (`torch.nn.Module`): The model to adapt. Its weights are never written to, but by an explicit merge.
+        config (`TsdConfig`): The configuration of the adapter.
+        adapter_name (`str`, defaults to `"default"`): The name of the adapter.
+        low_cpu_mem_usage (`bool`, defaults to `False`): Create empty adapter weights on the meta device.
+    """
+
+    tuner_layer_cls = TsdLayer
+
+    @staticmethod
+    def _create_new_module(lora_config: TsdConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> TsdLayer:
+        kwargs.pop("device_map", None)
+        return create_layer(target, adapter_name, lora_config, **kwargs)
+
+    def _create_and_replace(
+        self, lora_config: TsdConfig, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any
+    ) -> None:
+        if isinstance(target, LoraLayer) and not isinstance(target, TsdLayer):
+            raise ValueError(
+                f"The model already carries adapters of type {type(target).__module__}.{type(target).__name__}; a TSD "
+                "adapter cannot be added beside them. Merge or unload them first, or use a fresh model."
+            )
+        super()._create_and_replace(lora_config, adapter_name, target, *args, **kwargs)
+
+    def phase(self, adapter_name: str | None = None) -> Phase:
+        """The phase of an adapter: `"pre-launch"`, then `"dash"`.
+
+        Args:
+            adapter_name: The adapter; the active one by default.
+
+        Raises:
+            ValueError: There is no such adapter.
+        """
+        return phase_of(*self._layers_of(adapter_name))
+
+    def directions(self, adapter_name: str | None = None) -> Directions:
+        """The directions identified in every layer: arrays for programs, a table when printed.
+
+        Args:
+            adapter_name: The adapter; the active one by default.
+
+        Raises:
+            ValueError: There is no such adapter, or it is still in pre-launch.
+        """
+        layers, adapter = self._layers_of(adapter_name)
+        if phase_of(layers, adapter) == "pre-launch":
+            raise ValueError(
+                f"Adapter {adapter!r} has no directions yet: it has taken {steps_taken(layers, adapter)} of its "
+                f"{self.peft_config[adapter].prelaunch_steps} pre-launch steps."
+            )
+        return Directions({name: _directions_of(layer, adapter) for name, layer in layers.items()})
+
+    def _layers_of(self, adapter_name: str | None) -> tuple[dict[str, TsdLayer], str]:
+        adapter = self.active_adapters[0] if adapter_name is None else adapter_name
+        if adapter not in self.peft_config:
+            raise ValueError(f"There is no adapter {adapter!r}; the model has {sorted(self.peft_config)}.")
+        return adapted_layers(self.model, adapter), adapter
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: TsdConfig, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        warn_in_prelaunch(config, adapted_layers(model, adapter_name), adapter_name, "is saved")
+        state: dict[str, Tensor] = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        return state
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        raise ValueError(
+            "path_initial_model_for_weight_conversion is not for TSD adapters, which leave the base weight alone. "
+            "Use export_lora(model, out) for a plain LoRA."
+        )
+
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """Refused: it would combine A and B and drop what was learned along the directions."""
+        raise NotImplementedError(
+            f"Cannot combine the TSD adapters {adapters} by their A and B: what they learned along their directions "
+            "would be lost. Export each with export_lora and combine the plain LoRAs."
+        )
+
+
+def _directions_of(layer: TsdLayer, adapter: str) -> LayerDirections:
+    fixed = layer.fixed(adapter)
+    found = int(fixed.indices.ge(0).sum())
+    dash = min(found, fixed.u.shape[1])
+
+    def read(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu", copy=True)
+
+    return LayerDirections(
+        indices=read(fixed.indices[:found]),
+        rates=read(fixed.rates[:found]),
+        sigma=read(fixed.sigma[:found]),
+        rank_bound=min(layer.weight_matrix().shape),
+        delta_sigma=read(layer.delta_sigma(adapter)[:dash]),
+        u=read(fixed.u[:, :dash]),
+        v=read(fixed.v[:dash].mT),
+    )
