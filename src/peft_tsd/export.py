@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import TsdConfig
+from .layer import TsdLayer
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,8 @@ def _read(
         model = model_or_path
         configs = getattr(model, "peft_config", {})
         if adapter_name is None:
-            active = getattr(model, "active_adapters", None)
-            active = active() if callable(active) else active  # a method on transformers models
-            adapter_name = next(iter(active or configs), "default")
+            active = (layer.active_adapters[0] for layer in model.modules() if isinstance(layer, TsdLayer))
+            adapter_name = next(active, next(iter(configs), "default"))
         if adapter_name not in configs:
             raise ValueError(f"The model has no adapter {adapter_name!r}; it has {sorted(configs)}.")
         config = configs[adapter_name]
@@ -146,18 +146,24 @@ def _as_lora(
 
 def _stack(config: TsdConfig, state: dict[str, Tensor], layer: str, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
     """The exact factors A' (n, in), B' (out, n) and the bias (out,) of one layer, in float32."""
-    try:
-        a = state[f"{layer}.lora_A.weight"].float().flatten(1)
-        b = state[f"{layer}.lora_B.weight"].float().flatten(1)
-        theta = state[f"{layer}.lora_dash.weight"].float()
-        u, v, a0, b0 = (state[f"{layer}.lora_directions.{part}"].float() for part in ("u", "v", "a0", "b0"))
-        identified = bool(state[f"{layer}.lora_directions.indices"][0] >= 0)
-    except KeyError as missing:
-        raise ValueError(f"The adapter is incomplete: it lacks {missing.args[0]!r}.") from None
+
+    def read(part: str) -> Tensor:
+        try:
+            return state[f"{layer}.{part}"]
+        except KeyError:
+            raise ValueError(f"The adapter is incomplete: layer {name!r} lacks {part!r}.") from None
+
+    a, b = read("lora_A.weight").float().flatten(1), read("lora_B.weight").float().flatten(1)
     scaling = _scaling(config, name, rank=a.shape[0])
     terms = [(a, scaling * b)]
-    if identified:
-        terms += [(v, u * (config.dash_lr_ratio * theta)), (a0, -scaling * b0)]
+    if read("lora_directions.indices")[0] >= 0:
+        if config.learns_along_directions:
+            theta, u = read("lora_dash.weight").float(), read("lora_directions.u").float()
+            if theta.shape != u.shape[1:]:
+                raise ValueError(f"Layer {name!r} holds {len(theta)} dash scalars for {u.shape[1]} directions.")
+            terms.append((read("lora_directions.v").float(), u * (config.dash_lr_ratio * theta)))
+        if config.starts_from_directions and config.init_reading == "svd":
+            terms.append((read("lora_directions.a0").float(), -scaling * read("lora_directions.b0").float()))
     for down, up in terms:
         if down.shape != (up.shape[1], a.shape[1]) or up.shape[0] != b.shape[0]:
             raise ValueError(
@@ -171,9 +177,10 @@ def _stack(config: TsdConfig, state: dict[str, Tensor], layer: str, name: str) -
 
 
 def _scaling(config: TsdConfig, name: str, rank: int) -> float:
-    patterns = config.alpha_pattern or {}
-    alpha = patterns.get(get_pattern_key(patterns.keys(), name), config.lora_alpha)
-    return float(alpha) / (rank**0.5 if config.use_rslora else rank)
+    patterns: dict[str, float] = config.alpha_pattern or {}
+    key = get_pattern_key(patterns, name)  # `name` itself where no pattern matches
+    alpha = float(patterns.get(key, config.lora_alpha))  # type: ignore[arg-type]  # a field of LoraConfig, an int
+    return alpha / (rank**0.5 if config.use_rslora else rank)
 
 
 def _truncate(factor_a: Tensor, factor_b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:

@@ -46,8 +46,8 @@ class FixedDirections(nn.Module):
         indices: Chosen positions in the spectrum, highest rate first; int64, shape (m,), with m the larger of r and
             num_directions as the method uses them. -1 before identification, and where the weight has fewer.
         rates, sigma: Change rates and singular values of those, shape (m,).
-        u, v: Directions of the dash, shapes (out, num_directions) and (num_directions, in).
-        a0, b0: Starting factors of LoRA-Init's `"svd"` reading, shapes (r, in) and (out, r).
+        u, v: Directions of the dash, shapes (out, num_directions) and (num_directions, in); None for LoRA-Init.
+        a0, b0: Starting factors, shapes (r, in) and (out, r); None but for the `"svd"` reading of LoRA-Init.
     """
 
     def __init__(self, in_size: int, out_size: int, num_chosen: int, num_dash: int, num_start: int) -> None:
@@ -60,10 +60,10 @@ class FixedDirections(nn.Module):
         self.indices = fixed(num_chosen, dtype=torch.int64, fill=-1)
         self.rates = fixed(num_chosen)
         self.sigma = fixed(num_chosen)
-        self.u = fixed(out_size, num_dash)
-        self.v = fixed(num_dash, in_size)
-        self.a0 = fixed(num_start, in_size)
-        self.b0 = fixed(out_size, num_start)
+        self.u = fixed(out_size, num_dash) if num_dash else None
+        self.v = fixed(num_dash, in_size) if num_dash else None
+        self.a0 = fixed(num_start, in_size) if num_start else None
+        self.b0 = fixed(out_size, num_start) if num_start else None
 
     @property
     def identified(self) -> bool:
@@ -105,7 +105,8 @@ class TsdLayer(LoraLayer):
             )
         num_dash = config.num_directions if config.learns_along_directions else 0
         num_start = r if config.starts_from_directions else 0
-        self.lora_dash[adapter_name] = DashScalars(num_dash)
+        if num_dash:
+            self.lora_dash[adapter_name] = DashScalars(num_dash)
         self.lora_directions[adapter_name] = FixedDirections(
             in_size,
             out_size,
@@ -135,18 +136,22 @@ class TsdLayer(LoraLayer):
 
     def stacked_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """The whole effective change as two factors A' (n, in) and B' (out, n): `W_eff = W + B'·A'`."""
-        a, b = self.lora_A[adapter].weight.flatten(1), self.lora_B[adapter].weight.flatten(1)
-        scaling = self.scaling[adapter]
         fixed = self.fixed(adapter)
-        # PEFT's set_scale and scale_layer turn the strength of a whole adapter up and down through `scaling`.
-        delta_sigma = self._strength(adapter) * self.delta_sigma(adapter)
-        return (
-            torch.cat([a, fixed.v, fixed.a0]),
-            torch.cat([scaling * b, fixed.u * delta_sigma, -scaling * fixed.b0], dim=1),
-        )
+        scaling = self.scaling[adapter]
+        down = [self.lora_A[adapter].weight.flatten(1)]
+        up = [scaling * self.lora_B[adapter].weight.flatten(1)]
+        if fixed.u is not None:
+            # PEFT's set_scale and scale_layer turn the strength of a whole adapter up and down through `scaling`.
+            delta_sigma = self._strength(adapter) * self.delta_sigma(adapter)
+            down.append(fixed.v)
+            up.append(fixed.u * delta_sigma)
+        if fixed.a0 is not None:
+            down.append(fixed.a0)
+            up.append(-scaling * fixed.b0)
+        return torch.cat(down), torch.cat(up, dim=1)
 
     def delta_sigma(self, adapter: str) -> Tensor:
-        """Δσ: the learned change along each direction, shape (num_directions,)."""
+        """Δσ: the learned change along each direction of the dash, shape (num_directions,)."""
         theta = cast(DashScalars, self.lora_dash[adapter]).weight
         return self.tsd_config[adapter].dash_lr_ratio * theta
 
@@ -232,7 +237,7 @@ class TsdLayer(LoraLayer):
             else:
                 start_a, start_b = v.mT, torch.zeros_like(u)
         # Only the chosen few go on, and off an accelerator, until every layer is done and all can be written at once.
-        num_dash = fixed.u.shape[1]
+        num_dash = 0 if fixed.u is None else fixed.u.shape[1]
         chosen = chosen._replace(u=chosen.u[:, :num_dash].clone(), v=chosen.v[:, :num_dash].clone())
         return Identified(
             TaskSpecificDirections(*(x.cpu() for x in chosen)),
@@ -246,9 +251,10 @@ class TsdLayer(LoraLayer):
         fixed = self.fixed(adapter)
         chosen = found.chosen
         n = len(chosen.indices)  # fewer than asked for where the weight has fewer; the rest stay zeros
-        num_dash = chosen.u.shape[1]
-        fixed.u[:, :num_dash] = chosen.u.to(fixed.u)
-        fixed.v[:num_dash] = chosen.v.mT.to(fixed.v)
+        if fixed.u is not None and fixed.v is not None:
+            num_dash = chosen.u.shape[1]
+            fixed.u[:, :num_dash] = chosen.u.to(fixed.u)
+            fixed.v[:num_dash] = chosen.v.mT.to(fixed.v)
         fixed.rates[:n] = chosen.rates.to(fixed.rates)
         fixed.sigma[:n] = chosen.sigma.to(fixed.sigma)
         if found.start_a is not None and found.start_b is not None:
@@ -257,7 +263,7 @@ class TsdLayer(LoraLayer):
             b.copy_(found.start_b.view_as(b))
             if self.lora_bias[adapter]:
                 self.lora_B[adapter].bias.zero_()
-            if self.tsd_config[adapter].init_reading == "svd":
+            if fixed.a0 is not None and fixed.b0 is not None:
                 # From the parameters, so that both sides of B·A − B₀·A₀ carry the same rounding.
                 fixed.a0.copy_(a.flatten(1))
                 fixed.b0.copy_(b.flatten(1))

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 
@@ -215,17 +216,24 @@ class TsdModel(LoraModel):
 def _directions_of(layer: TsdLayer, adapter: str) -> LayerDirections:
     fixed = layer.fixed(adapter)
     found = int(fixed.indices.ge(0).sum())
-    dash = min(found, fixed.u.shape[1])
+    out_size, in_size = layer.weight_matrix().shape
 
     def read(tensor: Tensor) -> Tensor:
         return tensor.detach().to("cpu", copy=True)
+
+    if fixed.u is None or fixed.v is None:
+        delta_sigma, u, v = torch.empty(0), torch.empty(out_size, 0), torch.empty(in_size, 0)
+    else:
+        dash = min(found, fixed.u.shape[1])
+        delta_sigma = read(layer.delta_sigma(adapter)[:dash])
+        u, v = read(fixed.u[:, :dash]), read(fixed.v[:dash].mT)
 
     return LayerDirections(
         indices=read(fixed.indices[:found]),
         rates=read(fixed.rates[:found]),
         sigma=read(fixed.sigma[:found]),
-        rank_bound=min(layer.weight_matrix().shape),
-        delta_sigma=read(layer.delta_sigma(adapter)[:dash]),
-        u=read(fixed.u[:, :dash]),
-        v=read(fixed.v[:dash].mT),
+        rank_bound=min(out_size, in_size),
+        delta_sigma=delta_sigma,
+        u=u,
+        v=v,
     )

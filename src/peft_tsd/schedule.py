@@ -120,16 +120,19 @@ class TsdCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.transitions: list[dict[str, float]] = []
+        self._held: list[TsdConfig] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        remaining = state.max_steps - state.global_step
         for config, layers, adapter in _trained(model):
-            # Checkpoints written on the way are not finished adapters: speak at the end of training instead.
-            config.prelaunch_notice_given = True
-            steps = steps_taken(layers, adapter)
-            remaining = state.max_steps - state.global_step
-            if phase_of(layers, adapter) == "pre-launch" and 0 < remaining < config.prelaunch_steps - steps:
-                config.prelaunch_notice_given = False
-                warn_in_prelaunch(config, layers, adapter, f"will train for only {remaining} more steps, and so end")
+            missing = config.prelaunch_steps - steps_taken(layers, adapter)
+            if remaining < missing:
+                event = f"needs {missing} more optimizer steps, will train for only {remaining}, and so end"
+                warn_in_prelaunch(config, layers, adapter, event)
+            else:
+                # Checkpoints written on the way are no finished adapters.
+                config.prelaunch_notice_given = True
+                self._held.append(config)
 
     def on_step_end(
         self, args: Any, state: Any, control: Any, model: nn.Module, optimizer: Optimizer, **kwargs: Any
@@ -145,8 +148,9 @@ class TsdCallback(TrainerCallback):
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-        for config, layers, adapter in _trained(model):
+        for config in self._held:
             config.prelaunch_notice_given = False
+        for config, layers, adapter in _trained(model):
             warn_in_prelaunch(config, layers, adapter, "ends its training")
 
 

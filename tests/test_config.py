@@ -1,0 +1,92 @@
+import pytest
+from peft import LoraConfig, PeftConfig
+
+from peft_tsd import TsdConfig
+
+
+def test_defaults_are_the_papers():
+    config = TsdConfig()
+    assert (config.method, config.prelaunch_steps, config.num_directions) == ("lora-tsd", 100, 8)
+    assert (config.init_reading, config.dash_lr_ratio, config.eps) == ("svd", 1.0, 1e-6)
+    assert isinstance(config, LoraConfig)
+    assert config.peft_type == "TSD"
+
+
+def test_it_survives_saving(tmp_path):
+    config = TsdConfig(
+        method="lora-dash", r=4, target_modules=["q_proj"], rank_pattern={"q_proj": 2}, dash_lr_ratio=50.0, eps=1e-5
+    )
+    config.save_pretrained(tmp_path)
+    loaded = PeftConfig.from_pretrained(str(tmp_path))
+    assert isinstance(loaded, TsdConfig)
+    assert loaded.to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"method": "lora-dahs"},
+            "method must be one of lora-dash, lora-init, lora-tsd; got 'lora-dahs'. Did you mean",
+        ),
+        ({"method": None}, "got None"),
+        ({"init_reading": "SVD"}, "init_reading must be one of svd, orthonormal; got 'SVD'"),
+        ({"prelaunch_steps": 0}, "prelaunch_steps must be a positive integer.*got 0"),
+        ({"prelaunch_steps": 1.5}, "got 1.5"),
+        ({"num_directions": -8}, "num_directions must be a positive integer.*got -8"),
+        ({"num_directions": True}, "got True"),
+        ({"dash_lr_ratio": 0}, "dash_lr_ratio must be a positive, finite number; got 0"),
+        ({"dash_lr_ratio": float("nan")}, "got nan"),
+        ({"eps": float("inf")}, "eps must be a positive, finite number; got inf"),
+        ({"eps": "1e-6"}, "got '1e-6'"),
+        ({"use_dora": True}, "use_dora=True cannot be combined with lora-tsd: change rates are defined on LoRA"),
+        ({"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"}, "alora_invocation_tokens.*no single change"),
+        ({"target_parameters": ["mlp.experts.down_proj"]}, "target_parameters.*name them in target_modules"),
+        ({"layer_replication": [(0, 2)]}, "layer_replication.*replicated layers share one weight"),
+        ({"use_qalora": True}, "use_qalora.*pools the input"),
+        ({"megatron_config": {"a": 1}}, "megatron_config.*only a part of each weight"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' cannot be combined.*writes to the base weight"),
+        ({"init_lora_weights": "olora", "method": "lora-dash"}, "cannot be combined with lora-dash"),
+        ({"lora_alpha": 0}, "lora_alpha=0 cannot be combined with lora-tsd and init_reading='svd'"),
+        ({"alpha_pattern": {"q": -1}, "method": "lora-init"}, "lora_alpha=-1 cannot be combined with lora-init"),
+    ],
+)
+def test_what_does_not_make_sense_is_refused_when_it_is_built(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TsdConfig(**changes)
+
+
+@pytest.mark.parametrize("name", ["velora_config", "monteclora_config", "use_bdlora", "arrow_config", "kasa_config"])
+def test_the_other_lora_variants_are_refused(name):
+    from peft.tuners.lora import config as lora_config
+
+    kind = {"velora_config": "Velora", "monteclora_config": "Monteclora", "use_bdlora": "BdLora"}
+    kind |= {"arrow_config": "Arrow", "kasa_config": "Kasa"}
+    with pytest.raises(ValueError, match=f"{name}=.*cannot be combined with lora-tsd"):
+        TsdConfig(**{name: getattr(lora_config, kind[name] + "Config")()})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_rslora": True},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": False},
+        {"init_lora_weights": "orthogonal"},
+        {"lora_alpha": 0, "init_reading": "orthonormal"},
+        {"lora_alpha": 0, "method": "lora-dash"},
+        {"lora_bias": True},
+        {"target_modules": "all-linear"},
+        {"trainable_token_indices": [1]},
+    ],
+)
+def test_what_makes_sense_is_kept(changes):
+    config = TsdConfig(**changes)
+    for name, value in changes.items():
+        assert getattr(config, name) == value
+
+
+def test_each_method_says_what_it_does():
+    told = {m: TsdConfig(method=m) for m in ("lora-dash", "lora-init", "lora-tsd")}
+    assert [c.learns_along_directions for c in told.values()] == [True, False, True]
+    assert [c.starts_from_directions for c in told.values()] == [False, True, True]
