@@ -179,17 +179,17 @@ class TsdLayer(LoraLayer):
         """A matrix (out, in) in the shape and orientation of the base weight."""
         raise NotImplementedError
 
-    def _apply_factors(self, x: Tensor, factor_a: Tensor, factor_b: Tensor) -> Tensor:
-        """`B' A' x` for an input of the base layer."""
+    def _add_product(self, result: Tensor, x: Tensor, factor_a: Tensor, factor_b: Tensor) -> Tensor:
+        """`result + B' A' x` for an input and an output of the base layer."""
         raise NotImplementedError
 
-    def _adapter_output(self, adapter: str, x: Tensor) -> Tensor:
+    def _add_adapter(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
         x = self._cast_input_dtype(x, self.lora_A[adapter].weight.dtype)
-        output = self._apply_factors(self.lora_dropout[adapter](x), *self.stacked_factors(adapter))
+        result = self._add_product(result, self.lora_dropout[adapter](x), *self.stacked_factors(adapter))
         if self.lora_bias[adapter]:
             bias = self.lora_B[adapter].bias * self.scaling[adapter]
-            output = output + bias.view(-1, *(1,) * (self.get_base_layer().weight.ndim - 2))
-        return output
+            result = result + bias.view(-1, *(1,) * (self.get_base_layer().weight.ndim - 2))
+        return result
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._check_forward_args(x, *args, **kwargs)
@@ -204,7 +204,7 @@ class TsdLayer(LoraLayer):
         dtype = result.dtype
         for adapter in self.active_adapters:
             if adapter in self.lora_A:
-                result = result + self._adapter_output(adapter, x)
+                result = self._add_adapter(result, x, adapter)
         return result.to(dtype)
 
     def _add_by_row(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
@@ -212,7 +212,7 @@ class TsdLayer(LoraLayer):
         for adapter in set(adapter_names):
             if adapter in self.lora_A:
                 rows = [row for row, name in enumerate(adapter_names) if name == adapter]
-                result[rows] += self._adapter_output(adapter, x[rows]).to(result.dtype)
+                result[rows] = self._add_adapter(result[rows], x[rows], adapter).to(result.dtype)
         return result
 
     @torch.no_grad()
@@ -295,8 +295,13 @@ class Linear(TsdLayer, lora.Linear):
     def _like_base(self, matrix: Tensor) -> Tensor:
         return matrix.T if isinstance(self.get_base_layer(), Conv1D) else matrix
 
-    def _apply_factors(self, x: Tensor, factor_a: Tensor, factor_b: Tensor) -> Tensor:
-        return F.linear(F.linear(x, factor_a), factor_b)
+    def _add_product(self, result: Tensor, x: Tensor, factor_a: Tensor, factor_b: Tensor) -> Tensor:
+        hidden = F.linear(x, factor_a)
+        if hidden.dtype != result.dtype:
+            return result + F.linear(hidden, factor_b)
+        # One product that starts from the base layer's output saves a pass over a tensor of its size.
+        rows = result.reshape(-1, result.shape[-1])
+        return torch.addmm(rows, hidden.reshape(-1, hidden.shape[-1]), factor_b.mT).view_as(result)
 
 
 class Conv2d(TsdLayer, lora.Conv2d):
@@ -309,11 +314,11 @@ class Conv2d(TsdLayer, lora.Conv2d):
     def _like_base(self, matrix: Tensor) -> Tensor:
         return matrix.view_as(self.get_base_layer().weight)
 
-    def _apply_factors(self, x: Tensor, factor_a: Tensor, factor_b: Tensor) -> Tensor:
+    def _add_product(self, result: Tensor, x: Tensor, factor_a: Tensor, factor_b: Tensor) -> Tensor:
         base = self.get_base_layer()
         kernel = factor_a.view(-1, *base.weight.shape[1:])
         hidden = F.conv2d(x, kernel, stride=base.stride, padding=base.padding)
-        return F.conv2d(hidden, factor_b[:, :, None, None])
+        return result + F.conv2d(hidden, factor_b[:, :, None, None])
 
 
 def create_layer(target: nn.Module, adapter_name: str, config: TsdConfig, **kwargs: Any) -> TsdLayer:
