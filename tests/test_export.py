@@ -226,8 +226,8 @@ def test_a_damaged_adapter(trained, tmp_path):
     refuse("layer '.*layers.0.*q_proj' lacks 'lora_directions.indices'", **{"lora_directions.indices": None})
     refuse("'model.layers.0.self_attn.q_proj' holds NaN or Inf", **{"lora_B.weight": torch.full((32, 4), torch.nan)})
     if trained.peft_config["default"].learns_along_directions:
-        refuse("6 dash scalars for 5 directions", **{"lora_dash.weight": torch.ones(6)})
-    refuse(r"holds factors \(32, 3\) and \(4, 32\) that do not fit", **{"lora_B.weight": torch.ones(32, 3)})
+        refuse("The factors of layer .*q_proj' do not fit each other", **{"lora_dash.weight": torch.ones(6)})
+    refuse("The factors of layer .*q_proj' do not fit each other", **{"lora_B.weight": torch.ones(32, 3)})
     save_file({"base_model.model.score.weight": torch.ones(1)}, file)
     with pytest.raises(ValueError, match="has no LoRA layer"):
         export_lora(tmp_path / "native", tmp_path / "out")

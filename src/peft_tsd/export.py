@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from .config import TsdConfig
 from .layer import TsdLayer
+from .stacked import Factors
 
 
 @dataclass(frozen=True)
@@ -155,21 +156,20 @@ def _stack(config: TsdConfig, state: dict[str, Tensor], layer: str, name: str) -
 
     a, b = read("lora_A.weight").float().flatten(1), read("lora_B.weight").float().flatten(1)
     scaling = _scaling(config, name, rank=a.shape[0])
-    terms = [(a, scaling * b)]
+    factors = Factors(a, b, scaling)
     if read("lora_directions.indices")[0] >= 0:
         if config.learns_along_directions:
-            theta, u = read("lora_dash.weight").float(), read("lora_directions.u").float()
-            if theta.shape != u.shape[1:]:
-                raise ValueError(f"Layer {name!r} holds {len(theta)} dash scalars for {u.shape[1]} directions.")
-            terms.append((read("lora_directions.v").float(), u * (config.dash_lr_ratio * theta)))
+            theta = read("lora_dash.weight").float()
+            u, v = read("lora_directions.u").float(), read("lora_directions.v").float()
+            factors = factors._replace(delta_sigma=config.dash_lr_ratio * theta, u=u, v=v)
         if config.starts_from_directions and config.init_reading == "svd":
-            terms.append((read("lora_directions.a0").float(), -scaling * read("lora_directions.b0").float()))
-    for down, up in terms:
-        if down.shape != (up.shape[1], a.shape[1]) or up.shape[0] != b.shape[0]:
-            raise ValueError(
-                f"Layer {name!r} holds factors {tuple(up.shape)} and {tuple(down.shape)} that do not fit."
-            )
-    factor_a, factor_b = torch.cat([down for down, _ in terms]), torch.cat([up for _, up in terms], dim=1)
+            a0, b0 = read("lora_directions.a0").float(), read("lora_directions.b0").float()
+            factors = factors._replace(a0=a0, b0=b0)
+    try:
+        factor_a, factor_b = factors.down(), factors.up()
+        torch.empty(factor_b.shape, device="meta") @ torch.empty(factor_a.shape, device="meta")
+    except RuntimeError as error:
+        raise ValueError(f"The factors of layer {name!r} do not fit each other: {error}") from None
     if not (torch.isfinite(factor_a).all() and torch.isfinite(factor_b).all()):
         raise ValueError(f"Layer {name!r} holds NaN or Inf; a broken adapter is not exported.")
     bias = state.get(f"{layer}.lora_B.bias")

@@ -1,13 +1,9 @@
 """The adapter layers: LoRA, plus scalars along fixed directions, computed as one LoRA of a higher rank.
 
-With A (r, in), B (out, r) and scaling s of LoRA, directions U (out, n), V (in, n) and their changes Δσ (n,), and for
-the `"svd"` reading of LoRA-Init the starting factors A₀, B₀, every layer computes
-
-    W_eff = W + B'·A',    A' = [A; Vᵀ; A₀],    B' = [s·B, U·diag(Δσ), −s·B₀]
-
-from the first step on (Si et al., arXiv 2409.01035). Until the directions are identified U, V, Δσ, A₀ and B₀ are zeros
-of their final shape: the optimizer and distributed wrappers hold the parameters they will always hold, and there is
-one forward, with no branch on the phase.
+Every layer computes `W_eff = W + B'·A'` with the stacked factors of `peft_tsd.stacked` from the first step on (Si et
+al., arXiv 2409.01035). Until the directions are identified U, V, Δσ, A₀ and B₀ are zeros of their final shape: the
+optimizer and distributed wrappers hold the parameters they will always hold, and there is one forward, with no branch
+on the phase.
 """
 
 from __future__ import annotations
@@ -26,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import TsdConfig
 from .directions import LowRank, TaskSpecificDirections, check_matrix, task_specific_directions
+from .stacked import Factors, add_product
 
 
 class DashScalars(nn.Module):
@@ -134,21 +131,23 @@ class TsdLayer(LoraLayer):
             self.scaling[adapter],
         )
 
-    def stacked_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """The whole effective change as two factors A' (n, in) and B' (out, n): `W_eff = W + B'·A'`."""
+    def factors(self, adapter: str) -> Factors:
+        """The whole effective change, by its parts."""
         fixed = self.fixed(adapter)
-        scaling = self.scaling[adapter]
-        down = [self.lora_A[adapter].weight.flatten(1)]
-        up = [scaling * self.lora_B[adapter].weight.flatten(1)]
+        delta_sigma = None
         if fixed.u is not None:
             # PEFT's set_scale and scale_layer turn the strength of a whole adapter up and down through `scaling`.
             delta_sigma = self._strength(adapter) * self.delta_sigma(adapter)
-            down.append(fixed.v)
-            up.append(fixed.u * delta_sigma)
-        if fixed.a0 is not None:
-            down.append(fixed.a0)
-            up.append(-scaling * fixed.b0)
-        return torch.cat(down), torch.cat(up, dim=1)
+        return Factors(
+            a=self.lora_A[adapter].weight.flatten(1),
+            b=self.lora_B[adapter].weight.flatten(1),
+            scaling=self.scaling[adapter],
+            delta_sigma=delta_sigma,
+            u=fixed.u,
+            v=fixed.v,
+            a0=fixed.a0,
+            b0=fixed.b0,
+        )
 
     def delta_sigma(self, adapter: str) -> Tensor:
         """Δσ: the learned change along each direction of the dash, shape (num_directions,)."""
@@ -166,26 +165,24 @@ class TsdLayer(LoraLayer):
         Args:
             adapter: Name of the adapter.
         """
-        factor_a, factor_b = self.stacked_factors(adapter)
-        dtype = factor_a.dtype
-        if factor_a.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
-            factor_a, factor_b = (
-                factor_a.float(),
-                factor_b.float(),
-            )  # half-precision products are slow on CPUs
-        return self._like_base(factor_b @ factor_a).to(dtype)
+        factors = self.factors(adapter)
+        down, up = factors.down(), factors.up()
+        dtype = down.dtype
+        if down.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
+            down, up = down.float(), up.float()  # half-precision products are slow on CPUs
+        return self._like_base(up @ down).to(dtype)
 
     def _like_base(self, matrix: Tensor) -> Tensor:
         """A matrix (out, in) in the shape and orientation of the base weight."""
         raise NotImplementedError
 
-    def _add_product(self, result: Tensor, x: Tensor, factor_a: Tensor, factor_b: Tensor) -> Tensor:
-        """`result + B' A' x` for an input and an output of the base layer."""
+    def _add_product(self, result: Tensor, x: Tensor, factors: Factors) -> Tensor:
+        """`result + ΔW x` for an input and an output of the base layer."""
         raise NotImplementedError
 
     def _add_adapter(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
         x = self._cast_input_dtype(x, self.lora_A[adapter].weight.dtype)
-        result = self._add_product(result, self.lora_dropout[adapter](x), *self.stacked_factors(adapter))
+        result = self._add_product(result, self.lora_dropout[adapter](x), self.factors(adapter))
         if self.lora_bias[adapter]:
             bias = self.lora_B[adapter].bias * self.scaling[adapter]
             result = result + bias.view(-1, *(1,) * (self.get_base_layer().weight.ndim - 2))
@@ -295,13 +292,8 @@ class Linear(TsdLayer, lora.Linear):
     def _like_base(self, matrix: Tensor) -> Tensor:
         return matrix.T if isinstance(self.get_base_layer(), Conv1D) else matrix
 
-    def _add_product(self, result: Tensor, x: Tensor, factor_a: Tensor, factor_b: Tensor) -> Tensor:
-        hidden = F.linear(x, factor_a)
-        if hidden.dtype != result.dtype:
-            return result + F.linear(hidden, factor_b)
-        # One product that starts from the base layer's output saves a pass over a tensor of its size.
-        rows = result.reshape(-1, result.shape[-1])
-        return torch.addmm(rows, hidden.reshape(-1, hidden.shape[-1]), factor_b.mT).view_as(result)
+    def _add_product(self, result: Tensor, x: Tensor, factors: Factors) -> Tensor:
+        return add_product(result, x, factors)
 
 
 class Conv2d(TsdLayer, lora.Conv2d):
@@ -314,11 +306,11 @@ class Conv2d(TsdLayer, lora.Conv2d):
     def _like_base(self, matrix: Tensor) -> Tensor:
         return matrix.view_as(self.get_base_layer().weight)
 
-    def _add_product(self, result: Tensor, x: Tensor, factor_a: Tensor, factor_b: Tensor) -> Tensor:
+    def _add_product(self, result: Tensor, x: Tensor, factors: Factors) -> Tensor:
         base = self.get_base_layer()
-        kernel = factor_a.view(-1, *base.weight.shape[1:])
+        kernel = factors.down().view(-1, *base.weight.shape[1:])
         hidden = F.conv2d(x, kernel, stride=base.stride, padding=base.padding)
-        return result + F.conv2d(hidden, factor_b[:, :, None, None])
+        return result + F.conv2d(hidden, factors.up()[:, :, None, None])
 
 
 def create_layer(target: nn.Module, adapter_name: str, config: TsdConfig, **kwargs: Any) -> TsdLayer:

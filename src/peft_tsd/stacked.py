@@ -1,0 +1,121 @@
+"""The effective change of one layer as a single low-rank product, and adding that product to the base layer's output.
+
+With A (r, in), B (out, r) and scaling s of LoRA, directions U (out, n), V (in, n) and their changes Δσ (n,), and the
+starting factors A₀ (r, in), B₀ (out, r) of LoRA-Init's `"svd"` reading (Si et al., arXiv 2409.01035):
+
+    ΔW = s·B·A + U·diag(Δσ)·Vᵀ − s·B₀·A₀ = B'·A',    A' = [A; Vᵀ; A₀],    B' = [s·B, U·diag(Δσ), −s·B₀]
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Factors(NamedTuple):
+    """The parts of ΔW, as matrices. What a method does not have is None."""
+
+    a: Tensor
+    """A, shape (r, in)."""
+    b: Tensor
+    """B, shape (out, r)."""
+    scaling: float
+    """s."""
+    delta_sigma: Tensor | None = None
+    """Δσ, shape (n,)."""
+    u: Tensor | None = None
+    """U, shape (out, n)."""
+    v: Tensor | None = None
+    """Vᵀ, shape (n, in)."""
+    a0: Tensor | None = None
+    """A₀, shape (r, in)."""
+    b0: Tensor | None = None
+    """B₀, shape (out, r)."""
+
+    def down(self) -> Tensor:
+        """A', shape (rank, in)."""
+        return torch.cat([part for part in (self.a, self.v, self.a0) if part is not None])
+
+    def up(self) -> Tensor:
+        """B', shape (out, rank)."""
+        parts = [self.scaling * self.b]
+        if self.u is not None and self.delta_sigma is not None:
+            parts.append(self.u * self.delta_sigma)
+        if self.b0 is not None:
+            parts.append(-self.scaling * self.b0)
+        return torch.cat(parts, dim=1)
+
+
+def add_product(result: Tensor, x: Tensor, factors: Factors) -> Tensor:
+    """`result + x A'ᵀ B'ᵀ` for x of shape (..., in) and `result` of shape (..., out).
+
+    In training, the backward pass keeps what a plain LoRA keeps, x and A·x, and stacks the factors again; a compiler
+    finds that out by itself.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _add_product(result, x, factors.down(), factors.up())[0]
+    out: Tensor = _AddProduct.apply(result, x, *factors)[0]  # type: ignore[no-untyped-call]
+    return out
+
+
+def _add_product(result: Tensor, x: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    hidden = F.linear(x, down)
+    if hidden.dtype != result.dtype:
+        return result + F.linear(hidden, up), hidden
+    # One product that starts from the base layer's output saves a pass over a tensor of its size.
+    return torch.addmm(_rows(result), _rows(hidden), up.mT).view_as(result), hidden
+
+
+class _AddProduct(torch.autograd.Function):
+    """`add_product` with hand-written gradients; G is the gradient of the output, over all rows:
+
+    ∂A = s·(G B)ᵀ x,    ∂B = s·Gᵀ (x Aᵀ),    ∂Δσ_j = u_jᵀ Gᵀ x v_j,    ∂x = (G B') A',    ∂result = G
+    """
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, x: Tensor, *parts: Any) -> tuple[Tensor, None]:
+        factors = Factors(*parts)
+        out, hidden = _add_product(result, x, factors.down(), factors.up())
+        # A copy of A·x, so that the wider product it was cut from is freed.
+        of_a = hidden[..., : len(factors.a)].contiguous()
+        ctx.save_for_backward(x, of_a, *(part if isinstance(part, Tensor) else None for part in factors))
+        ctx.scaling = factors.scaling
+        device = x.device.type
+        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        return out, None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        x, of_a, *parts = ctx.saved_tensors
+        factors = Factors(*parts)._replace(scaling=ctx.scaling)
+        needs_x, needs_a, needs_b = ctx.needs_input_grad[1:4]
+        needs_delta_sigma = ctx.needs_input_grad[5]
+        grad_x = grad_a = grad_b = grad_delta_sigma = None
+        device, dtype, enabled = ctx.autocast
+        with torch.autocast(device, dtype, enabled=enabled):
+            g = _rows(gradient)
+            if needs_a or needs_delta_sigma:
+                # Before Δσ: its gradient and A's are rows of one product with x.
+                up = factors.scaling * factors.b
+                if factors.u is not None:
+                    up = torch.cat([up, factors.u], dim=1)
+                moved = (g.to(up.dtype) @ up).mT @ _rows(x)
+                r = len(factors.a)
+                grad_a = moved[:r]
+                if factors.v is not None:
+                    grad_delta_sigma = (moved[r:] * factors.v).sum(1)
+            if needs_b:
+                grad_b = factors.scaling * (g.to(of_a.dtype).mT @ _rows(of_a))
+            if needs_x:
+                up = factors.up()
+                grad_x = ((g.to(up.dtype) @ up) @ factors.down()).view_as(x)
+        return gradient, grad_x, grad_a, grad_b, None, grad_delta_sigma, None, None, None, None
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
