@@ -10,6 +10,7 @@ import pytest
 from peft import PeftConfig
 
 import text_models
+from peft_tsd import cli
 from peft_tsd.cli import main
 
 
@@ -175,12 +176,24 @@ def test_recipes(capsys):
     assert main(["recipes", "list"]) == 0
     assert capsys.readouterr().out == listed
     assert "smollm2-family" in listed
-    assert "minilm-family" in listed
-    assert main(["recipes", "show", "minilm-family"]) == 0
-    assert capsys.readouterr().out.startswith("# peft-tsd train minilm-family\n")
+    assert "minilm-syllogism" in listed
+    assert main(["recipes", "show", "minilm-syllogism"]) == 0
+    assert capsys.readouterr().out.startswith("# peft-tsd train minilm-syllogism\n")
 
 
 def test_usage(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["trian"])
     assert caught.value.code == 2
+
+
+def test_it_is_called_again_by_its_path_where_the_shell_does_not_find_it(tmp_path, monkeypatch):
+    program = tmp_path / ".venv" / "bin" / "peft-tsd"
+    program.parent.mkdir(parents=True)
+    program.touch(mode=0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [".venv/bin/peft-tsd", "train"])
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert cli._command() == ".venv/bin/peft-tsd"
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert cli._command() == "peft-tsd"

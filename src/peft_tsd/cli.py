@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import shlex
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -141,7 +142,7 @@ def _screen() -> Iterator[None]:
 def _say_how_to_resume(folder: Path) -> None:
     recipe = folder / "recipe.yaml"
     if recipe.is_file():
-        command = f"peft-tsd train {shlex.quote(_near(recipe))} resume=true"
+        command = f"{_command()} train {shlex.quote(_near(recipe))} resume=true"
         print(f"interrupted; to continue:\n  {command}", file=sys.stderr)
     else:
         print("interrupted before anything was written", file=sys.stderr)
@@ -177,13 +178,20 @@ def _summary(result: Any) -> str:
         f"adapter      {_near(folder.adapter)}",
         f"plain LoRA   {_near(lora)}",
         "next:",
-        f"  peft-tsd evaluate {shlex.quote(_near(lora))}",
-        f"  peft-tsd export {shlex.quote(_near(folder.adapter))} OUT --rank 8" if change else "",
-        f"  peft-tsd train {shlex.quote(_near(folder.recipe))} method=lora output=OTHER   # the baseline"
-        if change
-        else "",
+        f"  {_command()} evaluate {shlex.quote(_near(lora))}",
     ]
+    if change:
+        lines += [
+            f"  {_command()} export {shlex.quote(_near(folder.adapter))} OUT --rank 8",
+            f"  {_command()} train {shlex.quote(_near(folder.recipe))} method=lora output=OTHER   # the baseline",
+        ]
     return "\n".join(lines).rstrip()
+
+
+def _command() -> str:
+    """How one would call this program again: by its name where the shell finds it, or by its path."""
+    program = Path(sys.argv[0])
+    return "peft-tsd" if shutil.which("peft-tsd") or program.name != "peft-tsd" else _near(program.absolute())
 
 
 def _near(path: Path) -> str:
