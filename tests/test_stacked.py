@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_tsd import stacked
-from peft_tsd.stacked import Factors, add_product, linear_with_product
+from peft_tsd.stacked import Factors, add_product
 
 
 def problem(seed: int, dash: bool, start: bool, rows: int = 3, out: int = 6, inner: int = 5, rank: int = 2):
@@ -106,36 +106,3 @@ def test_the_module_says_what_a_compiler_sees(monkeypatch):
     monkeypatch.setattr(stacked._AddProduct, "apply", None)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(add_product, backend="eager")(result, x, factors), expected)
-
-
-@pytest.mark.parametrize("biased", [False, True])
-def test_the_fused_linear_is_the_base_and_the_product(biased):
-    _, x, factors = problem(6, dash=True, start=True)
-    weight = torch.randn(6, 5, dtype=torch.float64)
-    bias = torch.randn(6, dtype=torch.float64) if biased else None
-
-    def fused(x, a, b, delta_sigma):
-        return linear_with_product(x, weight, bias, factors._replace(a=a, b=b, delta_sigma=delta_sigma))
-
-    inputs = (x, factors.a, factors.b, factors.delta_sigma)
-    expected = add_product(torch.nn.functional.linear(x, weight, bias), x, factors)
-    torch.testing.assert_close(fused(*inputs), expected)
-    assert torch.autograd.gradcheck(fused, inputs)
-    with torch.no_grad():
-        torch.testing.assert_close(fused(*inputs), expected)
-
-
-def test_the_fused_linear_under_autocast():
-    _, x, factors = problem(7, dash=True, start=True)
-    factors = Factors(*(p.detach().float() if torch.is_tensor(p) else p for p in factors))
-    factors.a.requires_grad_()
-    x, weight = x.detach().float().requires_grad_(), torch.randn(6, 5)
-    expected = add_product(x @ weight.mT, x, factors)
-    (expected_grad,) = torch.autograd.grad(expected.sum(), x)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = linear_with_product(x, weight, None, factors)
-    assert out.dtype == torch.bfloat16
-    out.float().sum().backward()
-    torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.2)
-    torch.testing.assert_close(x.grad, expected_grad, rtol=0.05, atol=0.2)
-    assert factors.a.grad.dtype == torch.float32

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import TsdConfig
 from .directions import LowRank, TaskSpecificDirections, check_matrix, task_specific_directions
-from .stacked import Factors, add_product, linear_with_product
+from .stacked import Factors, add_product
 
 
 class DashScalars(nn.Module):
@@ -197,21 +197,12 @@ class TsdLayer(LoraLayer):
             return cast(Tensor, self.base_layer(x, *args, **kwargs))
         if adapter_names is not None:
             return self._add_by_row(self.base_layer(x, *args, **kwargs), x, adapter_names)
-        adapters = [adapter for adapter in self.active_adapters if adapter in self.lora_A]
-        if len(adapters) == 1 and not args and not kwargs and self._can_fuse(x, adapters[0]):
-            return self._fused(x, adapters[0])
         result: Tensor = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
-        for adapter in adapters:
-            result = self._add_adapter(result, x, adapter)
+        for adapter in self.active_adapters:
+            if adapter in self.lora_A:
+                result = self._add_adapter(result, x, adapter)
         return result.to(dtype)
-
-    def _can_fuse(self, x: Tensor, adapter: str) -> bool:
-        """Whether `_fused` may stand for the base layer with this adapter added."""
-        return False
-
-    def _fused(self, x: Tensor, adapter: str) -> Tensor:
-        raise NotImplementedError
 
     def _add_by_row(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
         # Inference on a batch whose rows use different adapters.
@@ -303,27 +294,6 @@ class Linear(TsdLayer, lora.Linear):
 
     def _add_product(self, result: Tensor, x: Tensor, factors: Factors) -> Tensor:
         return add_product(result, x, factors)
-
-    def _can_fuse(self, x: Tensor, adapter: str) -> bool:
-        base = self.base_layer
-        weight, a = base.weight, self.lora_A[adapter].weight
-        return (
-            # Nothing else sees, or changes, what the base layer computes; and nothing in it is trained.
-            type(base) is nn.Linear
-            and not (base._forward_hooks or base._forward_pre_hooks)
-            and not (base._backward_hooks or base._backward_pre_hooks)
-            and not (weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
-            and not isinstance(weight, DTensor)
-            # One input and one dtype for both.
-            and not (self.training and isinstance(self.lora_dropout[adapter], nn.Dropout))
-            and not self.lora_bias[adapter]
-            and (x.dtype == weight.dtype == a.dtype or torch.is_autocast_enabled(x.device.type))
-            and not torch.compiler.is_compiling()
-        )
-
-    def _fused(self, x: Tensor, adapter: str) -> Tensor:
-        base = self.base_layer
-        return linear_with_product(x, base.weight, base.bias, self.factors(adapter))
 
 
 class Conv2d(TsdLayer, lora.Conv2d):

@@ -67,18 +67,6 @@ def add_product(result: Tensor, x: Tensor, factors: Factors) -> Tensor:
     return out
 
 
-def linear_with_product(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
-    """`x Wᵀ + bias + x A'ᵀ B'ᵀ` for x of shape (..., in) and a frozen weight and bias.
-
-    What `add_product(F.linear(x, weight, bias), x, factors)` gives, with each product added in place to the one before
-    it, forward and backward: two passes less over tensors of the size of x and of the result.
-    """
-    if not torch.is_grad_enabled():
-        return _linear_with_product(x, weight, bias, factors)[0]
-    out: Tensor = _LinearWithProduct.apply(x, weight, bias, *factors)[0]  # type: ignore[no-untyped-call]
-    return out
-
-
 def _add_product(result: Tensor, x: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     hidden = F.linear(x, down)
     if hidden.dtype != result.dtype:
@@ -87,89 +75,48 @@ def _add_product(result: Tensor, x: Tensor, down: Tensor, up: Tensor) -> tuple[T
     return torch.addmm(_rows(result), _rows(hidden), up.mT).view_as(result), hidden
 
 
-def _linear_with_product(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> tuple[Tensor, Tensor]:
-    rows = _rows(x)
-    out = F.linear(rows, weight, bias)
-    hidden = F.linear(rows, factors.down())
-    out.addmm_(hidden, factors.up().to(out.dtype).mT)
-    return out.view(*x.shape[:-1], -1), hidden
-
-
 class _AddProduct(torch.autograd.Function):
-    """`add_product` with the gradients of `_gradients`; that of `result` is G."""
+    """`add_product` with hand-written gradients. With G the gradient of the output, over all rows:
+
+    ∂result = G,    ∂x = (G B') A',    ∂A = s·(G B)ᵀ x,    ∂B = s·Gᵀ (x Aᵀ),    ∂Δσ_j = u_jᵀ Gᵀ x v_j
+    """
 
     @staticmethod
     def forward(ctx: Any, result: Tensor, x: Tensor, *parts: Any) -> tuple[Tensor, None]:
         factors = Factors(*parts)
         out, hidden = _add_product(result, x, factors.down(), factors.up())
-        _keep(ctx, x, hidden, factors)
+        # A copy of A·x, so that the wider product it was cut from is freed.
+        of_a = hidden[..., : len(factors.a)].contiguous()
+        ctx.save_for_backward(x, of_a, *(part if isinstance(part, Tensor) else None for part in factors))
+        ctx.scaling = factors.scaling
+        device = x.device.type
+        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         return out, None
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        return gradient, *_gradients(ctx, gradient, ctx.needs_input_grad[1:])
-
-
-class _LinearWithProduct(torch.autograd.Function):
-    """`linear_with_product` with the gradients of `_gradients`; to that of x comes `G W`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *parts: Any) -> tuple[Tensor, None]:
-        factors = Factors(*parts)
-        out, hidden = _linear_with_product(x, weight, bias, factors)
-        _keep(ctx, x, hidden, factors, weight)
-        return out, None
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
-        grad_x, *grads = _gradients(ctx, gradient, needs)
-        return grad_x, None, None, *grads
-
-
-def _keep(ctx: Any, x: Tensor, hidden: Tensor, factors: Factors, weight: Tensor | None = None) -> None:
-    # A copy of A·x, so that the wider product it was cut from is freed.
-    of_a = hidden[..., : len(factors.a)].contiguous()
-    ctx.save_for_backward(x, of_a, *(part if isinstance(part, Tensor) else None for part in factors), weight)
-    ctx.scaling = factors.scaling
-    device = x.device.type
-    ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-
-
-def _gradients(ctx: Any, gradient: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    """The gradients of x and of the factors. With G the gradient of the output, over all rows:
-
-    ∂x = (G B') A',    ∂A = s·(G B)ᵀ x,    ∂B = s·Gᵀ (x Aᵀ),    ∂Δσ_j = u_jᵀ Gᵀ x v_j
-    """
-    x, of_a, *parts, weight = ctx.saved_tensors
-    factors = Factors(*parts)._replace(scaling=ctx.scaling)
-    needs_x, needs_a, needs_b, _, needs_delta_sigma, *_ = needs
-    grad_x = grad_a = grad_b = grad_delta_sigma = None
-    device, dtype, enabled = ctx.autocast
-    with torch.autocast(device, dtype, enabled=enabled):
-        g = _rows(gradient)
-        # One product with G serves A, Δσ and x: Δσ is applied to the rows of A' instead of the columns of B'.
-        along = g.to(of_a.dtype) @ factors.up(with_delta_sigma=False)
-        if needs_a or needs_delta_sigma:
-            moved = along.mT @ _rows(x)
-            r = len(factors.a)
-            grad_a = moved[:r]
-            if factors.v is not None:
-                grad_delta_sigma = (moved[r : r + len(factors.v)] * factors.v).sum(1)
-        if needs_b:
-            # The transpose of (x Aᵀ)ᵀ G: with so few columns, Gᵀ (x Aᵀ) itself is up to three times slower.
-            grad_b = (_rows(factors.scaling * of_a).mT @ g.to(of_a.dtype)).mT
-        if needs_x:
-            down = factors.down(with_delta_sigma=True)
-            if weight is None:
-                grad_x = along @ down
-            else:
-                grad_x = g @ weight
-                grad_x.addmm_(along, down.to(grad_x.dtype))
-            grad_x = grad_x.view_as(x)
-    return grad_x, grad_a, grad_b, None, grad_delta_sigma, None, None, None, None
+        x, of_a, *parts = ctx.saved_tensors
+        factors = Factors(*parts)._replace(scaling=ctx.scaling)
+        _, needs_x, needs_a, needs_b, _, needs_delta_sigma, *_ = ctx.needs_input_grad
+        grad_x = grad_a = grad_b = grad_delta_sigma = None
+        device, dtype, enabled = ctx.autocast
+        with torch.autocast(device, dtype, enabled=enabled):
+            g = _rows(gradient).to(of_a.dtype)
+            # One product with G serves A, Δσ and x: Δσ is applied to the rows of A' instead of the columns of B'.
+            along = g @ factors.up(with_delta_sigma=False)
+            if needs_a or needs_delta_sigma:
+                moved = along.mT @ _rows(x)
+                r = len(factors.a)
+                grad_a = moved[:r]
+                if factors.v is not None:
+                    grad_delta_sigma = (moved[r : r + len(factors.v)] * factors.v).sum(1)
+            if needs_b:
+                # The transpose of (x Aᵀ)ᵀ G: with so few columns, Gᵀ (x Aᵀ) itself is up to three times slower.
+                grad_b = (_rows(factors.scaling * of_a).mT @ g).mT
+            if needs_x:
+                grad_x = (along @ factors.down(with_delta_sigma=True)).view_as(x)
+        return gradient, grad_x, grad_a, grad_b, None, grad_delta_sigma, None, None, None, None
 
 
 def _rows(tensor: Tensor) -> Tensor:
