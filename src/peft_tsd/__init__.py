@@ -14,7 +14,7 @@ from peft.mapping import (
 from .config import TsdConfig, TsdType
 from .export import ExportReport, export_lora
 from .model import Directions, LayerDirections, PrelaunchWarning, TsdModel
-from .schedule import TsdCallback, advance
+from .schedule import TransitionError, TsdCallback, advance
 
 # What peft.utils.register_peft_method does, for a type that is no member of PEFT's own enumeration.
 PEFT_TYPE_TO_CONFIG_MAPPING[TsdType.TSD] = TsdConfig
@@ -28,6 +28,7 @@ __all__ = [
     "ExportReport",
     "LayerDirections",
     "PrelaunchWarning",
+    "TransitionError",
     "TsdCallback",
     "TsdConfig",
     "TsdModel",

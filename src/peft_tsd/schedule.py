@@ -22,6 +22,10 @@ from .layer import Identified, TsdLayer
 from .model import adapted_layers, phase_of, steps_taken, warn_in_prelaunch
 
 
+class TransitionError(ValueError):
+    """The transition cannot be made; nothing but the step count was changed."""
+
+
 def advance(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], adapter_name: str | None = None) -> bool:
     """Count one optimizer step, and make the transition when the pre-launch is over.
 
@@ -44,8 +48,9 @@ def advance(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], adapte
         Whether this call made the transition.
 
     Raises:
-        ValueError: The model has no trainable TSD adapter; the optimizer does not hold A and B; or at the transition a
-            layer's ΔW or weight holds NaN or Inf. Nothing but the step count is changed then.
+        ValueError: The model has no trainable TSD adapter.
+        TransitionError: At the transition, the optimizer does not hold A and B, or a layer's ΔW or weight holds NaN or
+            Inf. Nothing but the step count is changed then.
     """
     adapters = [adapter_name] if adapter_name is not None else trained_adapters(model)
     moved = False
@@ -86,7 +91,7 @@ def transition(layers: Mapping[str, TsdLayer], adapter: str, optimizer: Optimize
     """Identify the directions of every layer and write them in; restart A and B where the method says so.
 
     Raises:
-        ValueError: As `advance`; nothing has been written then.
+        TransitionError: As `advance`; nothing has been written then.
     """
     config = next(iter(layers.values())).tsd_config[adapter]
     restarted = _restarted_parameters(layers.values(), adapter) if config.starts_from_directions else []
@@ -166,7 +171,7 @@ def _named(name: str, work: Any, adapter: str) -> Any:
     try:
         return work(adapter)
     except ValueError as error:
-        raise ValueError(
+        raise TransitionError(
             f"Cannot identify directions in layer {name!r}: {error} Nothing was changed; the adapter is still in "
             "pre-launch, and can be saved or trained on."
         ) from error
@@ -181,7 +186,7 @@ def _owners(parameters: list[nn.Parameter], optimizer: Optimizer | Sequence[Opti
     """The optimizer that holds each parameter.
 
     Raises:
-        ValueError: None of those given does.
+        TransitionError: None of those given does.
     """
     optimizers = [optimizer] if not isinstance(optimizer, Sequence) else list(optimizer)
     # Accelerate wraps the optimizer whose state is meant.
@@ -190,7 +195,7 @@ def _owners(parameters: list[nn.Parameter], optimizer: Optimizer | Sequence[Opti
     missing = sum(id(p) not in owner for p in parameters)
     if missing:
         kinds = ", ".join(type(opt).__name__ for opt in optimizers)
-        raise ValueError(
+        raise TransitionError(
             f"The optimizer given ({kinds}) does not hold {missing} of the {len(parameters)} A and B that restart, "
             "so that their moments cannot be cleared. Pass the optimizer that was built from this model's parameters; "
             "where it keeps flattened copies of them (DeepSpeed, FSDP1), use method='lora-dash'."

@@ -41,7 +41,7 @@ from .loading import check_target_modules, load_config, load_model, load_skeleto
 from .model import PrelaunchWarning
 from .recipe import Recipe, RecipeError, did_you_mean
 from .run_folder import RunFolder, find_run
-from .schedule import TsdCallback
+from .schedule import TransitionError, TsdCallback
 from .tasks import Classification, Example, Generation, load_examples, make_task
 
 log = logging.getLogger("peft_tsd")
@@ -270,7 +270,10 @@ def _trained(job: _Job, base: Any, folder: RunFolder, stop: _Stop) -> tuple[Peft
     with warnings.catch_warnings():
         # A run that is stopped in its pre-launch is going to be continued.
         warnings.simplefilter("ignore", PrelaunchWarning)
-        trainer.train(resume_from_checkpoint=str(last[0]) if last else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(last[0]) if last else None)
+        except TransitionError as error:
+            raise RecipeError(f"{error} Lower optimizer.learning_rate, or use model.dtype=float32.") from None
     return model, record.progress
 
 
