@@ -193,11 +193,11 @@ class TsdLayer(LoraLayer):
         adapter_names = kwargs.pop("adapter_names", None)
         if self.merged and self.disable_adapters:
             self.unmerge()
-        if self.merged or self.disable_adapters:
-            return cast(Tensor, self.base_layer(x, *args, **kwargs))
-        if adapter_names is not None:
-            return self._add_by_row(self.base_layer(x, *args, **kwargs), x, adapter_names)
         result: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.merged or self.disable_adapters:
+            return result
+        if adapter_names is not None:
+            return self._add_by_row(result, x, adapter_names)
         dtype = result.dtype
         for adapter in self.active_adapters:
             if adapter in self.lora_A:

@@ -86,6 +86,11 @@ def adapted_layers(model: nn.Module, adapter: str) -> dict[str, TsdLayer]:
     }
 
 
+def config_of(layers: Mapping[str, TsdLayer], adapter: str) -> TsdConfig:
+    """The configuration of an adapter, from its layers."""
+    return _any(layers).tsd_config[adapter]
+
+
 def steps_taken(layers: Mapping[str, TsdLayer], adapter: str) -> int:
     """Optimizer steps the adapter has taken, as its layers recorded them."""
     return int(_any(layers).fixed(adapter).step)

@@ -19,7 +19,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from .config import TsdConfig
 from .layer import Identified, TsdLayer
-from .model import adapted_layers, phase_of, steps_taken, warn_in_prelaunch
+from .model import adapted_layers, config_of, phase_of, steps_taken, warn_in_prelaunch
 
 
 class TransitionError(ValueError):
@@ -60,7 +60,7 @@ def advance(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], adapte
             raise ValueError(f"The model has no TSD layer with an adapter {adapter!r}.")
         with torch.no_grad():
             torch._foreach_add_([layer.fixed(adapter).step for layer in layers.values()], 1)
-        config = next(iter(layers.values())).tsd_config[adapter]
+        config = config_of(layers, adapter)
         if phase_of(layers, adapter) == "pre-launch" and steps_taken(layers, adapter) >= config.prelaunch_steps:
             transition(layers, adapter, optimizer)
             moved = True
@@ -93,7 +93,7 @@ def transition(layers: Mapping[str, TsdLayer], adapter: str, optimizer: Optimize
     Raises:
         TransitionError: As `advance`; nothing has been written then.
     """
-    config = next(iter(layers.values())).tsd_config[adapter]
+    config = config_of(layers, adapter)
     restarted = _restarted_parameters(layers.values(), adapter) if config.starts_from_directions else []
     owners = _owners(restarted, optimizer)
     for name, layer in layers.items():
@@ -163,7 +163,7 @@ def _trained(model: nn.Module) -> list[tuple[TsdConfig, dict[str, TsdLayer], str
     found = []
     for adapter in trained_adapters(model):
         layers = adapted_layers(model, adapter)
-        found.append((next(iter(layers.values())).tsd_config[adapter], layers, adapter))
+        found.append((config_of(layers, adapter), layers, adapter))
     return found
 
 
