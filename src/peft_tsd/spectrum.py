@@ -29,18 +29,18 @@ class Spectrum:
 
     def __init__(self, weight: Tensor) -> None:
         """Factorize `weight`, shape (out, in), any float dtype, all finite."""
-        weight = as_double(weight)
-        # Work on the tall form; a wide weight swaps the roles of left and right.
+        # Work on the tall form; a wide weight swaps the roles of left and right. It is kept as it came, so that a
+        # spectrum holds no more than σ and the short side's vectors.
         self._wide = weight.shape[0] < weight.shape[1]
-        tall = weight.mT if self._wide else weight
+        tall = weight.detach().mT if self._wide else weight.detach()
         self._tall: Tensor | None = tall
         self._long: Tensor | None = None  # (long, k), only where the full SVD was needed
-        gram = _gram_factorization(tall)
+        gram = _gram_factorization(as_double(tall))
         if gram is not None:
             self.sigma, self._short = gram
         else:
             self._tall = None
-            self._long, self.sigma, short_transposed = torch.linalg.svd(tall, full_matrices=False)
+            self._long, self.sigma, short_transposed = torch.linalg.svd(as_double(tall), full_matrices=False)
             self._short = short_transposed.mT
 
     def u(self, indices: Tensor | None = None) -> Tensor:
@@ -67,7 +67,7 @@ class Spectrum:
             assert self._long is not None
             return self._long if indices is None else self._long[:, indices]
         sigma = self.sigma if indices is None else self.sigma[indices]
-        return self._tall @ self._select_short(indices) / sigma
+        return as_double(self._tall) @ self._select_short(indices) / sigma
 
     def _onto_short(self, columns: Tensor) -> Tensor:
         return self._short.mT @ as_double(columns)
@@ -77,7 +77,7 @@ class Spectrum:
             assert self._long is not None
             return self._long.mT @ as_double(columns)
         # Onto the k short vectors first, through W: no (long, k) matrix is ever formed.
-        return self._onto_short(self._tall.mT @ as_double(columns)) / self.sigma[:, None]
+        return self._onto_short(as_double(self._tall).mT @ as_double(columns)) / self.sigma[:, None]
 
 
 def as_double(tensor: Tensor) -> Tensor:
