@@ -1,7 +1,8 @@
 """What exploring a fine-tuned model finds: plain arrays, and the numbers that follow from them.
 
-After Si et al., arXiv 2409.01035: for a weight W (out, in) with singular pairs `σ_i, u_i, v_i` and its change ΔW, coordinates are `c_i = u_iᵀ ΔW v_i`, the change rates `δ_i = |c_i| / (σ_i + ε)`, and the task-specific directions (TSDs)
-the `num_directions` with the highest rates.
+After Si et al., arXiv 2409.01035: for a weight W (out, in) with singular pairs `σ_i, u_i, v_i` and its change ΔW, the
+core coordinates are `c_i = u_iᵀ ΔW v_i`, the change rates `δ_i = |c_i| / (σ_i + ε)`, and the task-specific directions
+(TSDs) the `num_directions` with the highest rates.
 """
 
 from __future__ import annotations
