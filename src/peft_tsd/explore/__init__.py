@@ -1,5 +1,20 @@
 """See the directions: what fine-tuning changed, along the core directions of every weight."""
 
+from .measure import agreement, measure, overlap
+from .recorder import DirectionRecorder
 from .results import Agreement, Exploration, Overlap, Share, WeightChange, summary
+from .trajectory import Trajectory
 
-__all__ = ["Agreement", "Exploration", "Overlap", "Share", "WeightChange", "summary"]
+__all__ = [
+    "Agreement",
+    "DirectionRecorder",
+    "Exploration",
+    "Overlap",
+    "Share",
+    "Trajectory",
+    "WeightChange",
+    "agreement",
+    "measure",
+    "overlap",
+    "summary",
+]
