@@ -1,0 +1,159 @@
+"""The report: everything an exploration found, in one HTML file that opens offline.
+
+The page brings plotly's JavaScript with it and asks nothing of any network: its Content-Security-Policy allows the
+scripts it holds, by their digests, and no connection. Arrays over the spectrum travel as base64 of little-endian
+float32. Names of models and weights are untrusted: they travel as JSON and become text nodes, never markup.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+from string import Template
+from typing import Any
+
+import numpy as np
+
+from .results import HIGHEST, Agreement, Exploration, FloatArray, Overlap, summary
+from .views import histogram, kinds, layers, representative, tail
+
+
+def render(
+    explorations: Sequence[Exploration], overlap: Overlap | None = None, agreement: Agreement | None = None
+) -> str:
+    """The report as the text of one HTML file.
+
+    Args:
+        explorations: One or several fine-tuned models; the page lets one choose between them.
+        overlap: Their shared TSDs, shown where given.
+        agreement: Precision and recall over training, shown where given.
+
+    Raises:
+        ValueError: No exploration was given.
+        ImportError: plotly is not installed.
+    """
+    if not explorations:
+        raise ValueError("a report needs at least one exploration; got none.")
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError:
+        raise ImportError("the report needs the package plotly: pip install 'peft-tsd[explore]'") from None
+    page = files("peft_tsd.explore") / "page"
+    plotly, script = get_plotlyjs(), (page / "page.js").read_text("utf-8")
+    return Template((page / "page.html").read_text("utf-8")).substitute(
+        title=html.escape(f"Task-specific directions of {', '.join(one.tuned for one in explorations)}"),
+        scripts=f"{_digest(plotly)} {_digest(script)}",
+        style=(page / "page.css").read_text("utf-8"),
+        data=_data(explorations, overlap, agreement),
+        plotly=plotly,
+        script=script,
+    )
+
+
+def _data(explorations: Sequence[Exploration], overlap: Overlap | None, agreement: Agreement | None) -> str:
+    """What `page.js` reads: the summary, with what the page shows beyond it."""
+    data = summary(explorations, overlap, agreement)
+    arrays = _Arrays()
+    for one, model in zip(explorations, data["models"]):
+        model |= _model(one, model["weights"])
+        for weight, row in zip(one.weights, model["weights"]):
+            row["sigma"], row["rates"] = arrays.add(weight.sigma), arrays.add(weight.rates)
+    data |= {"highest": HIGHEST, "arrays": arrays.texts}
+    # Only `<` could end the script element early; JSON knows it as \u003c too.
+    return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _model(one: Exploration, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the page shows of a model beyond its summary; adds to each of `rows` its kind and relative change."""
+    kind = kinds(one)
+    for weight, row in zip(one.weights, rows):
+        row["kind"] = kind[weight.name]
+        row["tail"] = tail(weight.k)
+        row["relative_change"] = weight.change_norm / weight.weight_norm if weight.weight_norm > 0 else None
+    by_kind = {name: [row for row in rows if row["kind"] == name] for name in dict.fromkeys(kind.values())}
+    return {
+        "finding": finding(one),
+        "facts": _facts(one),
+        "layers": layers(one),
+        "kinds": [{"kind": name, **_concentration(of_kind)} for name, of_kind in by_kind.items()],
+        "overall": _concentration(rows) if rows else None,
+        "histogram": histogram(one).tolist(),
+        "initial": representative(one).name if one.weights else None,
+    }
+
+
+def _concentration(rows: list[dict[str, Any]]) -> dict[str, float]:
+    columns = ["gini", *(f"highest_{n}_rate" for n in HIGHEST)]
+    return {"count": len(rows), **{column: float(np.mean([row[column] for row in rows])) for column in columns}}
+
+
+def finding(one: Exploration) -> str:
+    """The main finding in one sentence: how much the TSDs carry, where they lie, what they explain of ‖ΔW‖².
+
+    Each number is a mean over the weights. Nothing is called high or low, so that the sentence holds for any model.
+    """
+    if not one.weights:
+        return "No weight that both models have was changed."
+    count = _span([len(weight.directions) for weight in one.weights])
+    k = _span([weight.k for weight in one.weights])
+    shares = [weight.choices()["tsd"] for weight in one.weights]
+    positions = np.concatenate([weight.positions for weight in one.weights])
+    return (
+        f"On average, {count} of a weight’s {k} core directions carry {_percent([s.rate for s in shares])} of its "
+        f"change rates; {_percent(positions > 0.5)} of these directions lie in the half of the spectrum with the "
+        f"smaller singular values, and they explain {_percent([s.energy for s in shares])} of ‖ΔW‖², all core "
+        f"directions together {_percent([weight.core for weight in one.weights])}."
+    )
+
+
+def _facts(one: Exploration) -> list[list[str]]:
+    """The numbers beside the finding, as (value, what it is)."""
+    if not one.weights:
+        return []
+    even = [len(weight.directions) / weight.k for weight in one.weights]
+    last = [np.mean(weight.directions >= weight.k - len(weight.directions)) for weight in one.weights]
+    strongest = max(one.weights, key=lambda weight: weight.rates.max())
+    relative = [weight.change_norm / weight.weight_norm for weight in one.weights if weight.weight_norm > 0]
+    facts = [
+        [_percent(even), "of the change rates is what the TSDs would carry if all rates were equal"],
+        [f"{np.mean([weight.gini for weight in one.weights]):.2f}", "Gini coefficient of the rates (0: all equal)"],
+        [_percent(last), "of the TSDs are simply the directions with the smallest singular values"],
+        [f"{strongest.rates.max():.3g}", f"largest change rate, in {strongest.name}"],
+    ]
+    return [*facts, [f"{np.mean(relative):.2g}", "mean relative change ‖ΔW‖ / ‖W‖"]] if relative else facts
+
+
+def _span(numbers: list[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _percent(shares: Any) -> str:
+    """The mean of shares (0 to 1) in percent: whole from 10 on, two digits below."""
+    percent = 100 * float(np.mean(shares))
+    return f"{percent:.0f}%" if percent >= 9.95 or percent == 0 else f"{percent:.2g}%"
+
+
+def _digest(script: str) -> str:
+    """A script's source expression in a Content-Security-Policy."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+class _Arrays:
+    """Arrays as texts, each once: models of one base have the same singular values."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self._index: dict[str, int] = {}
+
+    def add(self, array: FloatArray) -> int:
+        """The index in `texts` of `array`."""
+        text = base64.b64encode(array.astype("<f4").tobytes()).decode()
+        if text not in self._index:
+            self._index[text] = len(self.texts)
+            self.texts.append(text)
+        return self._index[text]
