@@ -18,11 +18,12 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from .config import TsdConfig
 from .directions import LowRank, TaskSpecificDirections, check_matrix, task_specific_directions
-from .stacked import Factors, add_product
+from .stacked import Factors, adapted_linear, add_product
 
 
 class DashScalars(nn.Module):
@@ -137,7 +138,7 @@ class TsdLayer(LoraLayer):
         delta_sigma = None
         if fixed.u is not None:
             # PEFT's set_scale and scale_layer turn the strength of a whole adapter up and down through `scaling`.
-            delta_sigma = self._strength(adapter) * self.delta_sigma(adapter)
+            delta_sigma = self.delta_sigma(adapter, self._strength(adapter))
         return Factors(
             a=self.lora_A[adapter].weight.flatten(1),
             b=self.lora_B[adapter].weight.flatten(1),
@@ -149,10 +150,11 @@ class TsdLayer(LoraLayer):
             b0=fixed.b0,
         )
 
-    def delta_sigma(self, adapter: str) -> Tensor:
-        """Δσ: the learned change along each direction of the dash, shape (num_directions,)."""
+    def delta_sigma(self, adapter: str, strength: float = 1.0) -> Tensor:
+        """Δσ: the learned change along each direction of the dash, shape (num_directions,); times `strength`."""
         theta = cast(DashScalars, self.lora_dash[adapter]).weight
-        return self.tsd_config[adapter].dash_lr_ratio * theta
+        scale = strength * self.tsd_config[adapter].dash_lr_ratio
+        return theta if scale == 1 else scale * theta
 
     def _strength(self, adapter: str) -> float:
         r, alpha = self.r[adapter], self.lora_alpha[adapter]
@@ -193,8 +195,13 @@ class TsdLayer(LoraLayer):
         adapter_names = kwargs.pop("adapter_names", None)
         if self.merged and self.disable_adapters:
             self.unmerge()
+        adapted = not self.merged and not self.disable_adapters
+        if adapted and adapter_names is None and not args and not kwargs:
+            whole = self._whole_forward(x)
+            if whole is not None:
+                return whole
         result: Tensor = self.base_layer(x, *args, **kwargs)
-        if self.merged or self.disable_adapters:
+        if not adapted:
             return result
         if adapter_names is not None:
             return self._add_by_row(result, x, adapter_names)
@@ -203,6 +210,10 @@ class TsdLayer(LoraLayer):
             if adapter in self.lora_A:
                 result = self._add_adapter(result, x, adapter)
         return result.to(dtype)
+
+    def _whole_forward(self, x: Tensor) -> Tensor | None:
+        """Base layer and adapter in one step, where that is the same; None elsewhere."""
+        return None
 
     def _add_by_row(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
         # Inference on a batch whose rows use different adapters.
@@ -294,6 +305,32 @@ class Linear(TsdLayer, lora.Linear):
 
     def _add_product(self, result: Tensor, x: Tensor, factors: Factors) -> Tensor:
         return add_product(result, x, factors)
+
+    def _whole_forward(self, x: Tensor) -> Tensor | None:
+        base = self.base_layer
+        adapters = [adapter for adapter in self.active_adapters if adapter in self.lora_A]
+        if torch.compiler.is_compiling() or len(adapters) != 1 or not _is_bare(base):
+            return None
+        (adapter,) = adapters
+        weight, bias = base.weight, base.bias
+        if self.lora_bias[adapter] or (self.training and not isinstance(self.lora_dropout[adapter], nn.Identity)):
+            return None
+        if torch.is_autocast_enabled(x.device.type) or not x.dtype == weight.dtype == self.lora_A[adapter].weight.dtype:
+            return None
+        return adapted_linear(x, weight, bias, self.factors(adapter))
+
+
+def _is_bare(base: nn.Module) -> bool:
+    """Whether calling `base` is `F.linear` with a frozen weight and nothing more: no hook sees its input or output."""
+    return (
+        type(base) is nn.Linear
+        and "forward" not in vars(base)  # where Accelerate's hooks put theirs
+        and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+        and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+        and type(base.weight.data) is Tensor
+        and not base.weight.requires_grad
+        and (base.bias is None or not base.bias.requires_grad)
+    )
 
 
 class Conv2d(TsdLayer, lora.Conv2d):
