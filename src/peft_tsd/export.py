@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -137,7 +138,7 @@ def _as_lora(
     errors: dict[str, float] = {}
     for layer in layers:
         name = _prefixed(layer).removeprefix("base_model.model.")
-        factor_a, factor_b, bias = _stack(config, state, layer, name)
+        factor_a, factor_b, bias = stack_layer(config, state, layer, name)
         if rank is not None:
             factor_a, factor_b, errors[name] = _truncate(factor_a, factor_b, rank)
         kernel = state[f"{layer}.lora_A.weight"].shape[1:]
@@ -150,8 +151,20 @@ def _as_lora(
     return _lora_config(config, ranks), out, errors
 
 
-def _stack(config: TsdConfig, state: dict[str, Tensor], layer: str, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The exact factors A' (n, in), B' (out, n) and the bias (out,) of one layer, in float32."""
+def stack_layer(
+    config: TsdConfig, state: Mapping[str, Tensor], layer: str, name: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The exact factors A' (n, in), B' (out, n) and the bias (out,) of one layer, in float32.
+
+    Args:
+        config: The adapter's configuration.
+        state: Its tensors.
+        layer: The layer in the names of those.
+        name: The layer in the base model.
+
+    Raises:
+        ValueError: A tensor is missing, does not fit the others, or holds NaN or Inf.
+    """
 
     def read(part: str) -> Tensor:
         try:
@@ -160,7 +173,7 @@ def _stack(config: TsdConfig, state: dict[str, Tensor], layer: str, name: str) -
             raise ValueError(f"The adapter is incomplete: layer {name!r} lacks {part!r}.") from None
 
     a, b = read("lora_A.weight").float().flatten(1), read("lora_B.weight").float().flatten(1)
-    scaling = _scaling(config, name, rank=a.shape[0])
+    scaling = lora_scaling(config, name, rank=a.shape[0])
     factors = Factors(a, b, scaling)
     if read("lora_directions.indices")[0] >= 0:
         if config.learns_along_directions:
@@ -176,15 +189,16 @@ def _stack(config: TsdConfig, state: dict[str, Tensor], layer: str, name: str) -
     except RuntimeError as error:
         raise ValueError(f"The factors of layer {name!r} do not fit each other: {error}") from None
     if not (torch.isfinite(factor_a).all() and torch.isfinite(factor_b).all()):
-        raise ValueError(f"Layer {name!r} holds NaN or Inf; a broken adapter is not exported.")
+        raise ValueError(f"Layer {name!r} holds NaN or Inf; the adapter is broken.")
     bias = state.get(f"{layer}.lora_B.bias")
     return factor_a, factor_b, None if bias is None else scaling * bias.float()
 
 
-def _scaling(config: TsdConfig, name: str, rank: int) -> float:
+def lora_scaling(config: LoraConfig, name: str, rank: int) -> float:
+    """LoRA's scaling in the layer `name` of the base model, whose rank is `rank`."""
     patterns: dict[str, float] = config.alpha_pattern or {}
     key = get_pattern_key(patterns, name)  # `name` itself where no pattern matches
-    alpha = float(patterns.get(key, config.lora_alpha))  # type: ignore[arg-type]  # a field of LoraConfig, an int
+    alpha = float(patterns.get(key, config.lora_alpha))
     return alpha / (rank**0.5 if config.use_rslora else rank)
 
 

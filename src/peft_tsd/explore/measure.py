@@ -21,7 +21,13 @@ from .trajectory import Trajectory, same_norm
 
 
 def measure(
-    name: str, weight: Tensor, delta: Tensor | LowRank, *, num_directions: int = 8, eps: float = 1e-6
+    name: str,
+    weight: Tensor,
+    delta: Tensor | LowRank,
+    *,
+    num_directions: int = 8,
+    eps: float = 1e-6,
+    spectrum: Spectrum | None = None,
 ) -> WeightChange:
     """How `weight` changed by `delta`, along its core directions.
 
@@ -32,13 +38,14 @@ def measure(
             multiplied out.
         num_directions: How many directions count as task-specific; a weight with fewer (k < num_directions) gives all.
         eps: ε of the change rate, in the unit of σ.
+        spectrum: The factorization of `weight`, where it is there already.
 
     Raises:
         TypeError, ValueError: As `peft_tsd.directions.task_specific_directions`.
     """
     check_settings(num_directions, eps)
     _check_change(weight, delta)
-    spectrum = Spectrum(weight)
+    spectrum = spectrum or Spectrum(weight)
     coordinates = _array(_core_coordinates(spectrum, delta))
     sigma = _array(spectrum.sigma)
     rates = np.abs(coordinates) / (sigma + eps)

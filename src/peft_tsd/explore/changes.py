@@ -1,0 +1,317 @@
+"""How a fine-tuned model changed the weights of its base, one weight at a time.
+
+Three sources: another checkpoint (the difference); a LoRA or TSD adapter (its low-rank factors, straight from the
+file); and any other adapter of PEFT's (the layer as PEFT builds it, merged into its real base weight, less that
+weight).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+
+from ..config import _REFUSED_FIELDS, TsdConfig
+from ..directions import LowRank
+from ..export import lora_scaling, stack_layer
+from ..loading import Source
+from ..spectrum import as_double
+from .errors import ExploreError, one_line
+from .skeleton import Weight
+from .weights import Checkpoint, SafetensorsFiles, fetch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ADAPTER = "adapter_model.safetensors"
+
+_PREFIX = "base_model.model."
+
+# Initializations of LoRA that move a part of the base weight into the adapter.
+_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+class Changes(Protocol):
+    """The changes of one fine-tuned model."""
+
+    @property
+    def kind(self) -> str:
+        """`"checkpoint"`, or the adapter's PEFT type."""
+
+    def problem(self, weight: Weight) -> str | None:
+        """Why the change of `weight` is not known, or None where it is."""
+
+    def of(self, weight: Weight, base: Tensor) -> Tensor | LowRank:
+        """ΔW of `weight`, dense in float64 or as factors (B, A, scaling), on the device of `base`.
+
+        Args:
+            weight: Which one; `problem` must be None.
+            base: W, shape (out, in).
+
+        Raises:
+            ExploreError: A file is damaged.
+        """
+
+
+class OfCheckpoint:
+    """The difference to another checkpoint."""
+
+    kind = "checkpoint"
+
+    def __init__(self, tuned: Checkpoint) -> None:
+        self._tuned = tuned
+
+    def problem(self, weight: Weight) -> str | None:
+        return self._tuned.problem(weight)
+
+    def of(self, weight: Weight, base: Tensor) -> Tensor:
+        return as_double(self._tuned.read(weight).to(base.device)) - as_double(base)
+
+
+class OfLora:
+    """The low-rank factors of a LoRA or TSD adapter, and the weights it holds as a whole."""
+
+    def __init__(self, config: LoraConfig, files: SafetensorsFiles, name: str, weights: Sequence[Weight]) -> None:
+        """
+        Raises:
+            ExploreError: The adapter is not for this base.
+        """
+        self.kind = _kind(config)
+        self._config = config
+        self._files = files
+        self._name = name
+        self._layers = {_adapted_module(key): key.removesuffix(".lora_A.weight") for key in files if ".lora_A." in key}
+        self._whole = whole_weights(files, weights)
+        self._embeddings = {_adapted_module(key) for key in files if ".lora_embedding_A" in key}
+        for weight in weights:
+            if weight.name in self._layers and (reason := self._misfit(weight)):
+                raise ExploreError(f"{name} is an adapter for another base: {reason}")
+
+    @property
+    def modules(self) -> set[str]:
+        """The modules the adapter changes."""
+        return set(self._layers) | set(self._whole) | self._embeddings
+
+    def problem(self, weight: Weight) -> str | None:
+        known = weight.name in self._layers or weight.name in self._whole
+        return None if known else f"not adapted by {self._name}"
+
+    def of(self, weight: Weight, base: Tensor) -> Tensor | LowRank:
+        if weight.name in self._whole:
+            return as_double(weight.matrix(self._files[self._whole[weight.name]]).to(base.device)) - as_double(base)
+        layer = self._layers[weight.name]
+        if isinstance(self._config, TsdConfig):
+            try:
+                a, b, _ = stack_layer(self._config, self._files, layer, weight.name)
+            except ValueError as error:
+                raise ExploreError(f"{self._name}: {one_line(error)}") from None
+            scaling = 1.0
+        else:
+            a, b = (self._files[f"{layer}.lora_{part}.weight"].flatten(1) for part in "AB")
+            scaling = lora_scaling(self._config, weight.name, rank=a.shape[0])
+        return b.to(base.device), a.to(base.device), scaling
+
+    def _misfit(self, weight: Weight) -> str | None:
+        layer = self._layers[weight.name]
+        try:
+            a, b = (self._files.shape(f"{layer}.lora_{part}.weight") for part in "AB")
+        except KeyError:
+            return f"{weight.name} has no lora_B"
+        shape = (b[0], torch.Size(a[1:]).numel())
+        return None if shape == weight.shape else f"its {weight.name} changes {shape}, and the base has {weight.shape}"
+
+
+class OfPeft:
+    """Any adapter that PEFT can merge: the merged weight less the base weight, each layer built when it is asked for.
+
+    The adapter is put on a model whose weights take up no memory. One layer at a time gets a copy of its real base
+    weight, is merged in float64, and is dropped.
+    """
+
+    def __init__(
+        self, config: PeftConfig, files: SafetensorsFiles, name: str, model: PreTrainedModel, weights: Sequence[Weight]
+    ) -> None:
+        """
+        Raises:
+            ExploreError: PEFT cannot put the adapter on this model; it does not fit; or its files and configuration
+                do not say all of its change.
+        """
+        self.kind = _kind(config)
+        self._name = name
+        self._files = files
+        self._whole = whole_weights(files, weights)
+        state = {key: files[key] for key in files if _whole_module(key) not in self._whole}
+        config = copy.deepcopy(config)
+        config.inference_mode = True
+        config.modules_to_save = None
+        self._layers = _tuner_layers(config, state, name, model, seed=0)
+        _check_determined(self._layers, _tuner_layers(config, state, name, model, seed=1), self.kind, name)
+
+    @property
+    def modules(self) -> set[str]:
+        """The modules the adapter changes."""
+        return set(self._layers) | set(self._whole)
+
+    def problem(self, weight: Weight) -> str | None:
+        known = weight.name in self._layers or weight.name in self._whole
+        return None if known else f"not adapted by {self._name}"
+
+    def of(self, weight: Weight, base: Tensor) -> Tensor:
+        if weight.name in self._whole:
+            return as_double(weight.matrix(self._files[self._whole[weight.name]]).to(base.device)) - as_double(base)
+        layer = copy.deepcopy(self._layers[weight.name])
+        stored = as_double(weight.tensor(base))
+        holder = layer.get_base_layer()
+        holder.weight = nn.Parameter(stored.clone(), requires_grad=False)
+        layer.to(base.device, torch.float64)
+        try:
+            with torch.no_grad():
+                layer.merge(safe_merge=False, adapter_names=["default"])
+        except (NotImplementedError, ValueError, TypeError, RuntimeError) as error:
+            raise ExploreError(
+                f"{self._name}: PEFT cannot merge a {self.kind} adapter into {weight.name}, so that there is no "
+                f"change of the weight to explore: {one_line(error)}"
+            ) from None
+        return weight.matrix(holder.weight.detach() - stored)
+
+
+def open_adapter(
+    source: Source, config: PeftConfig, name: str, model: PreTrainedModel, weights: Sequence[Weight]
+) -> OfLora | OfPeft:
+    """The changes of an adapter.
+
+    Args:
+        source: Where its files are.
+        config: Its configuration.
+        name: As it was given, for error messages.
+        model: The base model; its own weights may be on the meta device.
+        weights: The weights of the base that are to be measured.
+
+    Raises:
+        ExploreError: It has no change of weights, one that its files do not tell, or is not for this base.
+    """
+    kind = _kind(config)
+    if config.is_prompt_learning or not issubclass(PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], BaseTuner):
+        raise ExploreError(
+            f"{name} is an adapter of type {kind}, which changes what the model is given and not its weights; "
+            "there are no directions to explore"
+        )
+    file = fetch(source, ADAPTER, name)
+    if file is None:
+        pickled = fetch(source, "adapter_model.bin", name) is not None
+        hint = " (adapter_model.bin is pickled and not read: load the adapter with PEFT and save it again)"
+        raise ExploreError(f"{name} has no {ADAPTER}{hint if pickled else '; get the whole adapter'}")
+    files = SafetensorsFiles([file])
+    changes: OfLora | OfPeft
+    if isinstance(config, LoraConfig):
+        init = config.init_lora_weights
+        if isinstance(init, str) and init.startswith(_BASE_CHANGING):
+            raise ExploreError(
+                f"{name} was trained with init_lora_weights={init!r}, which takes a part out of the base weight that "
+                "its files do not hold; save it with path_initial_model_for_weight_conversion as a plain LoRA"
+            )
+    # By its type: AdaLoRA's configuration is one of LoRA's too.
+    if kind in ("LORA", "TSD") and not any(getattr(config, field, None) for field in _REFUSED_FIELDS):
+        changes = OfLora(config, files, name, weights)
+    else:
+        changes = OfPeft(config, files, name, model, weights)
+    known = {module for module, _ in model.named_modules()}
+    foreign = sorted(changes.modules - known)
+    if foreign and not changes.modules & known:
+        raise ExploreError(
+            f"{name} is an adapter for another base: it adapts {foreign[0]!r}, and {type(model).__name__} has no such "
+            "module"
+        )
+    if not changes.modules:
+        raise ExploreError(f"{name} holds no change of a weight; there are no directions to explore")
+    return changes
+
+
+def whole_weights(files: SafetensorsFiles, weights: Sequence[Weight]) -> dict[str, str]:
+    """The keys of the weights that an adapter holds as a whole, such as PEFT's modules_to_save, by module."""
+    keys = {_whole_module(key): key for key in files}
+    return {weight.name: keys[weight.name] for weight in weights if weight.name in keys}
+
+
+def _kind(config: PeftConfig) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def _adapted_module(key: str) -> str:
+    """The module in the base model that a tensor of a LoRA belongs to."""
+    return key.removeprefix(_PREFIX).partition(".lora_")[0]
+
+
+def _whole_module(key: str) -> str:
+    """The module in the base model whose weight a tensor of an adapter is, if it is one."""
+    return key.removeprefix(_PREFIX).removesuffix(".weight")
+
+
+def _tuner_layers(
+    config: PeftConfig, state: dict[str, Tensor], name: str, model: PreTrainedModel, seed: int
+) -> dict[str, Any]:
+    """The layers of an adapter as PEFT builds and loads them, on a model without weights."""
+    hollow = _hollow(model, seed)
+    untouched = {parameter.data_ptr() for parameter in hollow.parameters()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            peft_model = PeftModel(hollow, copy.deepcopy(config), autocast_adapter_dtype=False)
+            loaded = set_peft_model_state_dict(peft_model, state, "default")
+        except (ValueError, RuntimeError, KeyError, NotImplementedError, TypeError, AttributeError) as error:
+            raise ExploreError(
+                f"{name} does not fit the base (is it an adapter for another one?): {one_line(error)}"
+            ) from None
+    if loaded.unexpected_keys:
+        raise ExploreError(
+            f"{name} is an adapter for another base: {type(model).__name__} has no place for its "
+            f"{loaded.unexpected_keys[0]!r}"
+        )
+    layers = {}
+    for module_name, module in peft_model.base_model.model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            weight = getattr(module.get_base_layer(), "weight", None)
+            if weight is not None and weight.data_ptr() not in untouched:
+                raise ExploreError(
+                    f"{name}: a {_kind(config)} adapter takes a part out of the base weight of {module_name} that its "
+                    "files do not hold; merge it with PEFT, save the model, and give that"
+                )
+            layers[module_name] = module.eval()
+    return layers
+
+
+def _hollow(model: PreTrainedModel, seed: int) -> nn.Module:
+    """A copy of `model` whose weights are one random row, repeated: of full shape, and without memory."""
+    hollow: nn.Module = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    for module in hollow.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            row = torch.randn(parameter.shape[1:], generator=generator)
+            setattr(module, name, nn.Parameter(row.expand(parameter.shape), requires_grad=False))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.zeros((), dtype=buffer.dtype).expand(buffer.shape))
+    return hollow
+
+
+def _check_determined(one: dict[str, Any], other: dict[str, Any], kind: str, name: str) -> None:
+    """Refuse an adapter part of which was drawn at random, or made from the base weights, and not saved: two builds
+    from different seeds and weights then differ."""
+    for module in one:
+        theirs = dict(_own_tensors(other[module]))
+        for key, tensor in _own_tensors(one[module]):
+            if tensor.shape != theirs[key].shape or not torch.equal(tensor, theirs[key]):
+                raise ExploreError(
+                    f"{name}: the files of this {kind} adapter do not hold {key!r} of {module}, without which its "
+                    "change is not known; merge it with PEFT, save the model, and give that"
+                )
+
+
+def _own_tensors(layer: nn.Module) -> list[tuple[str, Tensor]]:
+    named = [*layer.named_parameters(), *layer.named_buffers()]
+    return [(key, tensor) for key, tensor in named if not key.startswith("base_layer.")]
