@@ -5,6 +5,9 @@ Parameter Efficient Fine-Tuning", arXiv 2409.01035. (Not the tangent-space spect
 Importing the package registers the method with PEFT.
 """
 
+import importlib
+from typing import Any
+
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -35,3 +38,10 @@ __all__ = [
     "advance",
     "export_lora",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # `peft_tsd.explore` needs no import of its own, and costs nothing before it is used.
+    if name == "explore":
+        return importlib.import_module("peft_tsd.explore")
+    raise AttributeError(f"module 'peft_tsd' has no attribute {name!r}")

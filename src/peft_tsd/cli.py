@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, export, recipes."""
+"""The command line: train, evaluate, export, explore, recipes."""
 
 from __future__ import annotations
 
@@ -54,6 +54,29 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--rank", type=int, help="compress to this rank; exact without it")
     export.set_defaults(run=_export)
 
+    explore = verbs.add_parser("explore", help="show what fine-tuning changed, along each weight's core directions")
+    explore.add_argument("base", metavar="BASE", help="the model before: a hub name, a folder, or a GGUF file")
+    explore.add_argument(
+        "tuned", metavar="TUNED", nargs="+", help="the model after: a whole checkpoint, an adapter, or a run folder"
+    )
+    explore.add_argument("--out", required=True, metavar="DIR", help="the folder to make, for the report and its data")
+    explore.add_argument(
+        "--num-directions", type=int, default=8, metavar="N", help="task-specific directions a weight (default 8)"
+    )
+    explore.add_argument("--eps", type=float, default=1e-6, help="ε of the change rate, in σ's unit (default 1e-6)")
+    explore.add_argument(
+        "--modules", metavar="NAME,NAME", help="only these, e.g. q_proj,k_proj; by default all linear"
+    )
+    explore.add_argument("--trajectory", metavar="FOLDER", help="rates that DirectionRecorder stored during training")
+    explore.add_argument(
+        "--predicted", type=int, default=8, metavar="N", help="highest rates of a recorded step compared (default 8)"
+    )
+    explore.add_argument(
+        "--true", type=int, default=8, metavar="N", help="highest rates of the first TUNED compared (default 8)"
+    )
+    explore.add_argument("--device", default="cpu", help="where to compute: cpu (default) or cuda")
+    explore.set_defaults(run=_explore)
+
     recipes = verbs.add_parser("recipes", help="list the recipes that come with the package, or show one")
     recipes.set_defaults(run=_list_recipes)
     actions = recipes.add_subparsers(metavar="list | show NAME")
@@ -102,6 +125,31 @@ def _export(arguments: argparse.Namespace) -> int:
         print(export_lora(adapter, Path(arguments.out).expanduser(), rank=arguments.rank))
     except (ValueError, OSError) as error:
         raise RecipeError(" ".join(str(error).split())) from None
+    return DONE
+
+
+def _explore(arguments: argparse.Namespace) -> int:
+    out = Path(arguments.out).expanduser()
+    from . import explore as exploring
+    from .explore.command import explore_into, report_lines
+
+    with _screen():
+        try:
+            result = explore_into(
+                out,
+                arguments.base,
+                arguments.tuned,
+                num_directions=arguments.num_directions,
+                eps=arguments.eps,
+                modules=arguments.modules.split(",") if arguments.modules is not None else None,
+                trajectory=arguments.trajectory,
+                predicted=arguments.predicted,
+                true=arguments.true,
+                device=arguments.device,
+            )
+        except (exploring.ExploreError, OSError) as error:
+            raise RecipeError(" ".join(str(error).split())) from None
+    print("\n".join([*report_lines(*result), "", f"report   {_near(out / 'report.html')}"]))
     return DONE
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -177,8 +178,9 @@ def _clear_quantized_mark(model: PreTrainedModel) -> None:
 def _one_line_errors(source: Source) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise RecipeError(f"cannot load the model {source.name!r}: {_one_line(error)}") from None
+    except (OSError, ValueError, ImportError, KeyError, struct.error) as error:  # struct: a GGUF file cut short
+        name = str(Path(source.name) / source.options["gguf_file"]) if "gguf_file" in source.options else source.name
+        raise RecipeError(f"cannot load the model {name!r}: {_one_line(error)}") from None
 
 
 def _one_line(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from .errors import ExploreError
 from .exploring import explore
 from .measure import agreement, measure, overlap
+from .output import write
 from .recorder import DirectionRecorder
 from .results import Agreement, Exploration, Overlap, Share, WeightChange, summary
 from .trajectory import Trajectory
@@ -21,4 +22,5 @@ __all__ = [
     "measure",
     "overlap",
     "summary",
+    "write",
 ]

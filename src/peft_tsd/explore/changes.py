@@ -8,6 +8,7 @@ weight).
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -259,8 +260,9 @@ def _tuner_layers(
     """The layers of an adapter as PEFT builds and loads them, on a model without weights."""
     hollow = _hollow(model, seed)
     untouched = {parameter.data_ptr() for parameter in hollow.parameters()}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
+        warnings.simplefilter("ignore")  # PEFT's advice is for training
         try:
             peft_model = PeftModel(hollow, copy.deepcopy(config), autocast_adapter_dtype=False)
             loaded = set_peft_model_state_dict(peft_model, state, "default")

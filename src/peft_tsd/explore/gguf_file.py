@@ -6,6 +6,7 @@ transformers undoes both when it loads a GGUF file, and its tables are used here
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,7 @@ class GgufFile:
             processor_class = reading.TENSOR_PROCESSORS.get(architecture, reading.TensorProcessor)
             self._processor = processor_class(config=parsed["config"])
             self._names = reading.get_gguf_hf_weights_map(model, self._processor)
-        except (ValueError, OSError, KeyError, IndexError, NotImplementedError) as error:
+        except (ValueError, OSError, KeyError, IndexError, NotImplementedError, struct.error) as error:
             raise ExploreError(
                 f"{name} cannot be read tensor by tensor ({one_line(error)}); give the model in safetensors files"
             ) from None
