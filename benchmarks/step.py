@@ -8,8 +8,10 @@ Every method, in pre-launch and after its transition, beside PEFT's LoRA of the 
 dense form of the dash, `W + s·B·A + U·diag(Δσ)·Vᵀ` with the last term multiplied out at every step. All are
 trained in one process on copies of one model, one step each in turn, so that what else the machine does falls on
 all alike. Reported: the median over rounds of the time of a step (forward, backward, AdamW) divided by LoRA's in
-the same round, with its quartiles; and the peak of the memory allocated during a step, over LoRA's. `--inference`
-times the forward pass alone, unmerged, against a LoRA of rank r + s.
+the same round, with its quartiles; and the peak of the memory allocated during a step, over LoRA's. The row "base"
+is what no adapter can go below: the same model with nothing but a rank-1 LoRA in front, so that gradients flow through
+all of it. `--inference` times the forward pass alone, unmerged, against a LoRA of rank r + s; `--compile` compares
+compiled with compiled.
 
 The directions are random orthonormal ones: a step costs the same whichever they are.
 """
@@ -115,6 +117,7 @@ def fill(layer: TsdLayer, rank: int) -> None:
 def contenders(rank: int, dropout: float) -> dict[str, Callable[[nn.Module], nn.Module]]:
     table: dict[str, Callable[[nn.Module], nn.Module]] = {
         "PEFT LoRA": lambda base: peft_lora(base, rank, dropout),
+        "base": lambda base: get_peft_model(base, LoraConfig(r=1, target_modules=r".*\.0\.self_attn\.[qkv]_proj")),
         "PEFT DoRA": lambda base: peft_lora(base, rank, dropout, use_dora=True),
         "dense dash": lambda base: dense_dash(base, rank, dropout),
     }

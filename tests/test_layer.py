@@ -253,6 +253,58 @@ def test_autocast():
     torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.05)
 
 
+def replaced_forward(base: nn.Linear, seen: list) -> None:
+    forward = base.forward
+    base.forward = lambda x: seen.append(forward(x)) or seen[-1]
+
+
+WATCHERS = {
+    "forward hook": lambda base, seen: base.register_forward_hook(lambda m, i, out: seen.append(out)),
+    "forward pre-hook": lambda base, seen: base.register_forward_pre_hook(
+        lambda m, inputs: seen.append(nn.functional.linear(*inputs, m.weight, m.bias))
+    ),
+    "backward hook": lambda base, seen: base.register_full_backward_hook(lambda m, i, out: seen.append(out)),
+    "global hook": lambda base, seen: nn.modules.module.register_module_forward_hook(
+        lambda m, i, out: seen.append(out) if m is base else None
+    ),
+    "replaced forward": replaced_forward,
+}
+
+
+@pytest.mark.parametrize("watcher", WATCHERS)
+def test_who_watches_the_base_layer_sees_what_the_base_gives(watcher):
+    base, model, x = adapted("tall")
+    tiny.train(model, 6, inputs=x)
+    model.eval()
+    expected = dense_output(base, model, x)
+    seen = []
+    inner = model.base_model.model.layer.base_layer
+    handle = WATCHERS[watcher](inner, seen)
+    try:
+        out = model(x.requires_grad_())
+        out.sum().backward()
+    finally:
+        if watcher == "global hook":
+            handle.remove()
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+    (found,) = seen
+    torch.testing.assert_close(
+        found[0] if watcher == "backward hook" else found,
+        torch.ones_like(out) if watcher == "backward hook" else base(x),
+    )
+
+
+def test_a_base_weight_or_bias_in_training_gets_its_gradient():
+    _, model, x = adapted("tall", bias="all")
+    tiny.train(model, 2, inputs=x)
+    layer = model.base_model.model.layer.base_layer
+    model(x).sum().backward()
+    torch.testing.assert_close(layer.bias.grad, torch.full((14,), 15.0, dtype=torch.float64))
+    layer.weight.requires_grad_()
+    model(x).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, x.sum((0, 1)).expand(14, 9))
+
+
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [

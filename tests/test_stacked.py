@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_tsd import stacked
-from peft_tsd.stacked import Factors, add_product
+from peft_tsd.stacked import Factors, adapted_linear, add_product
 
 
 def problem(seed: int, dash: bool, start: bool, rows: int = 3, out: int = 6, inner: int = 5, rank: int = 2):
@@ -41,6 +41,30 @@ def test_it_is_the_dense_product(seed, dash, start, rows, out, inner):
     torch.testing.assert_close(add_product(result, x, factors), expected)
     with torch.no_grad():
         torch.testing.assert_close(add_product(result, x, factors), expected)
+
+
+@given(st.integers(0, 10**6), st.booleans(), st.booleans(), st.booleans(), st.integers(1, 4), st.integers(1, 8))
+def test_with_its_base_it_is_the_dense_layer(seed, dash, start, biased, rows, inner):
+    _, x, factors = problem(seed, dash, start, rows, inner=inner)
+    weight, bias = torch.randn(6, inner, dtype=torch.float64), torch.randn(6, dtype=torch.float64) if biased else None
+    kept = weight.clone()
+    expected = torch.nn.functional.linear(x, weight + dense(factors), bias)
+    torch.testing.assert_close(adapted_linear(x, weight, bias, factors), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(adapted_linear(x, weight, bias, factors), expected)
+    assert weight.equal(kept)
+
+
+@pytest.mark.parametrize("dash", [False, True])
+@pytest.mark.parametrize("start", [False, True])
+def test_gradcheck_with_its_base(dash, start):
+    _, x, factors = problem(0, dash, start)
+    weight, bias = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+
+    def layer(x, a, b, delta_sigma):
+        return adapted_linear(x, weight, bias, factors._replace(a=a, b=b, delta_sigma=delta_sigma))
+
+    assert torch.autograd.gradcheck(layer, (x, factors.a, factors.b, factors.delta_sigma))
 
 
 @pytest.mark.parametrize("dash", [False, True])

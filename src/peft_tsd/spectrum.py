@@ -19,6 +19,9 @@ from torch import Tensor
 GRAM_TOLERANCE = 1e-3
 """Largest bound on the relative error of a singular value at which the Gram factorization is trusted."""
 
+BLOCK = 1024
+"""Rows of a weight that are in float64 at one time."""
+
 
 class Spectrum:
     """Singular values and vectors of one weight, in float64 and in descending order of σ.
@@ -35,7 +38,7 @@ class Spectrum:
         tall = weight.detach().mT if self._wide else weight.detach()
         self._tall: Tensor | None = tall
         self._long: Tensor | None = None  # (long, k), only where the full SVD was needed
-        gram = _gram_factorization(as_double(tall))
+        gram = _gram_factorization(tall)
         if gram is not None:
             self.sigma, self._short = gram
         else:
@@ -67,7 +70,8 @@ class Spectrum:
             assert self._long is not None
             return self._long if indices is None else self._long[:, indices]
         sigma = self.sigma if indices is None else self.sigma[indices]
-        return as_double(self._tall) @ self._select_short(indices) / sigma
+        short = self._select_short(indices) / sigma
+        return torch.cat([as_double(rows) @ short for rows in torch.split(self._tall, BLOCK)])
 
     def _onto_short(self, columns: Tensor) -> Tensor:
         return self._short.mT @ as_double(columns)
@@ -77,7 +81,7 @@ class Spectrum:
             assert self._long is not None
             return self._long.mT @ as_double(columns)
         # Onto the k short vectors first, through W: no (long, k) matrix is ever formed.
-        return self._onto_short(as_double(self._tall).mT @ as_double(columns)) / self.sigma[:, None]
+        return self._onto_short(_transposed_product(self._tall, columns)) / self.sigma[:, None]
 
 
 def as_double(tensor: Tensor) -> Tensor:
@@ -86,15 +90,23 @@ def as_double(tensor: Tensor) -> Tensor:
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
+def _transposed_product(tall: Tensor, columns: Tensor) -> Tensor:
+    """`Tᵀ X` in float64 for T (n, k) and X (n, m), without a copy of T."""
+    product = as_double(tall[:0]).mT @ as_double(columns[:0])  # zeros, on the device that has float64
+    for rows, others in zip(torch.split(tall, BLOCK), torch.split(columns, BLOCK)):
+        product.addmm_(as_double(rows).mT, as_double(others))
+    return product
+
+
 def _gram_factorization(tall: Tensor) -> tuple[Tensor, Tensor] | None:
     """σ (k,) and the short-side vectors (k, k) of `tall` (n, k), or None where their error bound is too large."""
     k = tall.shape[1]
     try:
-        squares, vectors = torch.linalg.eigh(tall.mT @ tall)
+        squares, vectors = torch.linalg.eigh(_transposed_product(tall, tall))
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return None
     largest, smallest = squares[-1], squares[0]
     # Written so that a zero weight, or an eigenvalue rounded below zero, fails the comparison.
-    if not k * torch.finfo(tall.dtype).eps * largest < GRAM_TOLERANCE * smallest:
+    if not k * torch.finfo(squares.dtype).eps * largest < GRAM_TOLERANCE * smallest:
         return None
     return squares.flip(0).sqrt(), vectors.flip(1)
