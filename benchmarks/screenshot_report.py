@@ -2,8 +2,8 @@
 
     python benchmarks/screenshot_report.py report.html docs/images
 
-Writes `explore-laptop.png` (1280 px, light), `explore-phone.png` (390 px, light) and `explore-dark.png` (1280 px, dark)
-with the system's Chromium or Chrome. Needs `pip install playwright`; `--full` takes the whole page.
+Writes `explore-laptop.png` and `explore-dark.png` (1280 px wide) and `explore-phone.png` (390 px, light) with the
+system's Chromium or Chrome. Needs `pip install playwright`; `--full` takes the whole page.
 """
 
 from __future__ import annotations

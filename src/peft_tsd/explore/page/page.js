@@ -18,7 +18,7 @@
   function number(value, digits = 3) {
     if (value === 0) return "0";
     const size = Math.abs(value);
-    if (size < 1e-3 || size >= 1e5) return value.toExponential(digits - 1).replace("e+", "e");
+    if (size < 1e-3 || size >= 1e5) return Number(value.toPrecision(digits)).toExponential().replace("e+", "e");
     return Number(value.toPrecision(digits)).toString();
   }
 
@@ -62,8 +62,13 @@
     return node;
   }
 
+  /** A name as text that may break after a dot or a slash. */
+  function breakable(name) {
+    return name.split(/(?<=[./])/).flatMap((part, i) => (i > 0 ? [element("wbr"), part] : [part]));
+  }
+
   const row = (...cells) => element("tr", {}, ...cells);
-  const head = (text, scope = "col") => element("th", { scope }, text);
+  const head = (text, scope = "col") => element("th", { scope }, ...(scope === "row" ? breakable(text) : [text]));
   const cell = (text) => element("td", {}, text);
 
   function barCell(share, largest) {
@@ -139,7 +144,7 @@
       margin: { l: 12, r: 12, t: 28, b: 12 }, showlegend: false, hovermode: "closest", dragmode: "zoom",
       hoverlabel: { bgcolor: colours.paper, bordercolor: colours.edge, font: { ...font, color: colours.ink } },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: colours.edge, activecolor: colours.accent },
-      legend: { orientation: "h", x: 0, y: -0.22, yanchor: "top", font },
+      legend: { orientation: "h", x: 0, y: 1.04, yanchor: "bottom", font },
       xaxis: axis(colours, x[0], { showgrid: false, showline: true, ticks: "outside", ...x[1] }),
       yaxis: axis(colours, y[0], y[1]),
       ...more,
@@ -152,13 +157,13 @@
 
   function showModel(model) {
     shown.model = model;
-    $("tuned").textContent = model.tuned;
+    $("tuned").replaceChildren(...breakable(model.tuned));
     $("base").textContent = `${model.base} · ${model.kind} · ${counted(model.weights.length, "weight")} measured`;
     $("finding").textContent = model.finding;
     $("eps").textContent = number(model.eps);
     $("num-directions").textContent = model.num_directions;
     $("facts").replaceChildren(
-      ...model.facts.map(([value, what]) => element("div", {}, element("dt", {}, what), element("dd", {}, value))),
+      ...model.facts.map(([value, what]) => element("div", {}, element("dt", {}, ...breakable(what)), element("dd", {}, value))),
     );
     const some = model.weights.length > 0;
     for (const id of ["map-section", "weight-section"]) $(id).hidden = !some;
@@ -249,7 +254,7 @@
   function readOut(weight) {
     const what = quantity();
     const value = weight[what.key];
-    const name = element("strong", {}, weight.name);
+    const name = element("strong", {}, ...breakable(weight.name));
     $("readout").replaceChildren(name, `  ${known(value) ? what.text(value) : "not defined"}`);
   }
 
@@ -340,11 +345,13 @@
   }
 
   const CHOICES = {
-    tsd: (n) => `TSDs: the ${n} highest rates`, top: (n) => `Top: the ${n} largest σ`,
-    bottom: (n) => `Bottom: the ${n} smallest σ`, random: (n) => `${n} at random`,
+    tsd: "TSDs (highest rates)", top: "Top (largest σ)", bottom: "Bottom (smallest σ)", random: "At random",
   };
 
   function showChoices(weight) {
+    $("choices-lead").textContent =
+      `What ${counted(weight.directions.length, "core direction")} carry, chosen in four ways: ` +
+      "of the sum of the change rates, and of ‖ΔW‖².";
     const keys = Object.keys(CHOICES);
     const overall = (key) => mean(shown.model.weights.map((other) => other[key]));
     const columns = [
@@ -353,10 +360,11 @@
     ].map((value) => Object.fromEntries(keys.map((key) => [key, value(key)])));
     const rows = keys.map((key) => {
       const bars = columns.map((column) => barCell(column[key], Math.max(...Object.values(column))));
-      return element("tr", { class: key === "tsd" ? "strong" : null },
-        head(CHOICES[key](weight.directions.length), "row"), ...bars);
+      return element("tr", { class: key === "tsd" ? "strong" : null }, head(CHOICES[key], "row"), ...bars);
     });
-    fill($("choices"), ["Directions", "Rates", "‖ΔW‖²", "Rates, all weights", "‖ΔW‖², all weights"], rows);
+    fill($("choices"), ["Directions", "Rates", "‖ΔW‖²", "Rates", "‖ΔW‖²"], rows);
+    const group = (text) => element("th", { scope: "colgroup", colspan: 2, class: "group" }, text);
+    $("choices").tHead.prepend(row(element("td", { class: "group" }), group("this weight"), group("mean of all")));
   }
 
   function showDirections(weight) {
@@ -392,7 +400,7 @@
       line: { color: colours.ink, width: 1.5, dash: "dash" },
     };
     draw("positions", colours, [bars, chance],
-      ["position (0: the largest singular value, 1: the smallest)", { range: [0, 1] }],
+      ["position in the spectrum", { range: [0, 1] }],
       ["share of the TSDs", { tickformat: ".0%", rangemode: "tozero" }], { bargap: 0.12 });
   }
 
