@@ -48,7 +48,7 @@ def histogram(exploration: Exploration) -> FloatArray:
     """The share of all TSDs in each of `BINS` equal parts of the spectrum, largest singular values first."""
     positions = [weight.positions for weight in exploration.weights]
     counts, _ = np.histogram(np.concatenate([*positions, np.empty(0)]), bins=BINS, range=(0, 1))
-    return counts / max(counts.sum(), 1)
+    return np.asarray(counts / max(counts.sum(), 1), dtype=np.float64)
 
 
 def tail(k: int) -> int:

@@ -341,7 +341,8 @@
     const direction = "direction (0: the largest singular value)";
     draw("spectrum", colours, traces(spectrum, spectrum, "lines"), [direction], y);
     draw("zoom", colours, traces(last, last, "lines+markers"), ["direction"], y);
-    draw("sorted", colours, traces(sorted, range(k, 1), "lines"), ["rank of the rate"], y);
+    // Ranks spread over orders of magnitude as rates do: only a logarithmic axis keeps the first few apart.
+    draw("sorted", colours, traces(sorted, range(k, 1), "lines"), ["rank of the rate", { type: shown.scale }], y);
   }
 
   const CHOICES = {
