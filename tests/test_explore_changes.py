@@ -7,22 +7,34 @@ import pytest
 import torch
 from peft import (
     AdaLoraConfig,
+    AdamssConfig,
     BOFTConfig,
     C3AConfig,
+    DeftConfig,
+    DeloraConfig,
     FourierFTConfig,
+    FrodConfig,
+    GraloraConfig,
+    HiraConfig,
     HRAConfig,
     IA3Config,
+    LilyConfig,
     LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
     MissConfig,
     OFTConfig,
+    OSFConfig,
     PeftModel,
+    PolyConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
+    PsoftConfig,
+    PveraConfig,
     RandLoraConfig,
     ShiraConfig,
+    TinyLoraConfig,
     VBLoRAConfig,
     VeraConfig,
     get_peft_model,
@@ -34,6 +46,7 @@ import reference
 import text_models
 import tiny
 from peft_tsd.explore import ExploreError, explore
+from peft_tsd.explore.weights import Checkpoint
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 LORA = {"r": 3, "lora_alpha": 5, "target_modules": TARGETS}
@@ -60,6 +73,13 @@ KINDS = {
     "miss": MissConfig(r=4, target_modules=TARGETS),
     "shira": ShiraConfig(r=2, target_modules=["q_proj", "v_proj"]),
     "vblora": VBLoRAConfig(r=2, num_vectors=12, vector_length=8, topk=2, target_modules=["q_proj", "v_proj"]),
+    "deft": DeftConfig(r=4, target_modules=["q_proj"]),
+    "delora": DeloraConfig(r=4, target_modules=["q_proj"]),
+    "gralora": GraloraConfig(r=4, target_modules=["q_proj"]),
+    "hira": HiraConfig(r=4, target_modules=["q_proj"]),
+    "pvera": PveraConfig(r=4, target_modules=["q_proj"]),
+    "tinylora": TinyLoraConfig(target_modules=["q_proj"]),
+    "tuned-copies": LNTuningConfig(target_modules=["q_proj"]),
     "randlora": RandLoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
 }
 
@@ -158,8 +178,24 @@ def test_adapters_without_a_change_of_weights_are_refused(base, tmp_path):
     assert "has no change of any of model.layers.0.self_attn.q_proj" in refusal(str(base), str(adapter))
 
 
+# What these start from is made of the base weight, or drawn at random, and not saved.
+UNTOLD = [
+    AdamssConfig(target_modules=["q_proj"]),
+    FrodConfig(target_modules=["q_proj"]),
+    OSFConfig(target_modules=["q_proj"]),
+    PsoftConfig(r=4, target_modules=["q_proj"]),
+]
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_adapters_whose_files_do_not_tell_are_refused(base, tmp_path):
+@pytest.mark.parametrize("config", UNTOLD, ids=lambda config: config.peft_type.value)
+def test_adapters_whose_files_do_not_hold_their_start_are_refused(base, config, tmp_path):
+    adapter = saved(base, config, tmp_path / "adapter")
+    assert "do not hold" in refusal(str(base), str(adapter))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_loras_that_take_a_part_out_of_the_base_are_refused(base, tmp_path):
     adapter = saved(base, LoraConfig(**LORA, init_lora_weights="olora"), tmp_path / "olora")
     assert "init_lora_weights='olora', which takes a part out of the base weight" in refusal(str(base), str(adapter))
 
@@ -202,3 +238,40 @@ def test_damaged_adapters_are_refused(base, tmp_path):
 def test_an_adapter_of_the_model_without_its_head(base, tmp_path):
     adapter = saved(base, LoraConfig(**LORA), tmp_path / "adapter", AutoModel)
     assert "is an adapter for another base: it adapts 'layers.0" in refusal(str(base), str(adapter))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_convolutions(tmp_path):
+    from transformers import ConvNextConfig, ConvNextModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_sizes": [8, 8], "depths": [1, 1], "num_stages": 2, "num_channels": 3}
+    base = tmp_path / "model"
+    ConvNextModel(ConvNextConfig(**sizes)).save_pretrained(base)
+    config = LoraConfig(r=3, target_modules=["patch_embeddings", "downsampling_layer.1"])
+    adapter = saved(base, config, tmp_path / "adapter", AutoModel)
+    [found] = explore(str(base), str(adapter))
+    assert [change.shape for change in found.weights] == [(8, 48), (8, 32)]
+    for change in found.weights:
+        weight, delta = merged_change(base, adapter, change.name, AutoModel)
+        rates = reference.change_rates(weight.flatten(1), delta.flatten(1))
+        np.testing.assert_allclose(change.rates, rates, rtol=1e-4, atol=1e-6)
+    grouped = saved(base, LoraConfig(r=8, target_modules=["dwconv"]), tmp_path / "grouped", AutoModel)
+    assert "Merging is not supported for _ConvNd layers with group" in refusal(str(base), str(grouped))
+
+
+UNMERGEABLE = [
+    LoraConfig(**LORA, alora_invocation_tokens=[1, 2]),
+    LilyConfig(r=2, target_modules=TARGETS),
+    PolyConfig(r=2, target_modules=TARGETS),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("config", UNMERGEABLE, ids=lambda config: config.peft_type.value)
+def test_methods_that_peft_cannot_merge_are_refused_before_any_work(base, config, tmp_path, monkeypatch):
+    adapter = saved(base, config, tmp_path / "adapter")
+    monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("a weight was read"))
+    kind = config.peft_type.value
+    line = refusal(str(base), str(adapter))
+    assert f"PEFT cannot merge a {kind} adapter into model.layers.0.self_attn.q_proj" in line

@@ -290,3 +290,24 @@ def test_the_skeleton_has_no_weights(base):
     model = build(AutoConfig.from_pretrained(base), "base")
     assert type(model).__name__ == "LlamaForCausalLM"
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_hub_names(base, tmp_path, monkeypatch):
+    """Whatever is in the hub's cache is found by its hub name, also without a network."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules=["v_proj"], init_lora_weights=False)
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    sharded = tuned(base, tmp_path / "sharded", max_shard_size="20KB")
+    for name, folder in {"base": base, "sharded": sharded, "adapter": tmp_path / "adapter"}.items():
+        repository = tmp_path / "hub" / f"models--someone--{name}"
+        shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    found = explore("someone/base", ["someone/sharded", "someone/adapter"])
+    assert [(one.kind, len(one.weights)) for one in found] == [("checkpoint", 14), ("LORA", 2)]
+    (tmp_path / "hub" / "models--someone--base" / "snapshots" / ("0" * 40) / "model.safetensors").unlink()
+    assert "someone/base has neither model.safetensors nor" in refusal("someone/base", "someone/adapter")

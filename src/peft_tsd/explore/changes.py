@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -140,8 +140,8 @@ class OfPeft:
     ) -> None:
         """
         Raises:
-            ExploreError: PEFT cannot put the adapter on this model; it does not fit; or its files and configuration
-                do not say all of its change.
+            ExploreError: PEFT cannot put the adapter on this model, or merge it; it does not fit; or its files and
+                configuration do not say all of its change.
         """
         self.kind = _kind(config)
         self._name = name
@@ -153,6 +153,9 @@ class OfPeft:
         config.modules_to_save = None
         self._layers = _tuner_layers(config, state, name, model, seed=0)
         _check_determined(self._layers, _tuner_layers(config, state, name, model, seed=1), self.kind, name)
+        # A method that PEFT cannot merge is found here, and not after hours.
+        for weight in [weight for weight in weights if weight.name in self._layers][:1]:
+            self.of(weight, torch.ones(weight.shape))
 
     @property
     def modules(self) -> set[str]:
@@ -168,8 +171,7 @@ class OfPeft:
             return as_double(weight.matrix(self._files[self._whole[weight.name]]).to(base.device)) - as_double(base)
         layer = copy.deepcopy(self._layers[weight.name])
         stored = as_double(weight.tensor(base))
-        holder = layer.get_base_layer()
-        holder.weight = nn.Parameter(stored.clone(), requires_grad=False)
+        layer.get_base_layer().weight = nn.Parameter(stored.clone(), requires_grad=False)
         layer.to(base.device, torch.float64)
         try:
             with torch.no_grad():
@@ -179,7 +181,8 @@ class OfPeft:
                 f"{self._name}: PEFT cannot merge a {self.kind} adapter into {weight.name}, so that there is no "
                 f"change of the weight to explore: {one_line(error)}"
             ) from None
-        return weight.matrix(holder.weight.detach() - stored)
+        # Asked for again: a merge may put another module in the base layer's place.
+        return weight.matrix(layer.get_base_layer().weight.detach() - stored)
 
 
 def open_adapter(
@@ -209,7 +212,12 @@ def open_adapter(
         hint = " (adapter_model.bin is pickled and not read: load the adapter with PEFT and save it again)"
         raise ExploreError(f"{name} has no {ADAPTER}{hint if pickled else '; get the whole adapter'}")
     files = SafetensorsFiles([file])
-    changes: OfLora | OfPeft
+    grouped = {n for n, module in model.named_modules() if isinstance(module, nn.Conv2d) and module.groups > 1}
+    low_rank = (
+        kind in ("LORA", "TSD")  # by its type: AdaLoRA's configuration is one of LoRA's too
+        and not any(getattr(config, field, None) for field in _REFUSED_FIELDS)
+        and not grouped.intersection(map(_adapted_module, files))  # whose B·A has another shape than the kernel
+    )
     if isinstance(config, LoraConfig):
         init = config.init_lora_weights
         if isinstance(init, str) and init.startswith(_BASE_CHANGING):
@@ -217,11 +225,14 @@ def open_adapter(
                 f"{name} was trained with init_lora_weights={init!r}, which takes a part out of the base weight that "
                 "its files do not hold; save it with path_initial_model_for_weight_conversion as a plain LoRA"
             )
-    # By its type: AdaLoRA's configuration is one of LoRA's too.
-    if kind in ("LORA", "TSD") and not any(getattr(config, field, None) for field in _REFUSED_FIELDS):
-        changes = OfLora(config, files, name, weights)
-    else:
-        changes = OfPeft(config, files, name, model, weights)
+    if getattr(config, "layer_replication", None):
+        raise ExploreError(
+            f"{name} has layer_replication={config.layer_replication!r}: its layers are not those of the base; "
+            "merge it with PEFT, save the model, and give that as the base of further ones"
+        )
+    changes: OfLora | OfPeft = (
+        OfLora(config, files, name, weights) if low_rank else OfPeft(config, files, name, model, weights)
+    )
     known = {module for module, _ in model.named_modules()}
     foreign = sorted(changes.modules - known)
     if foreign and not changes.modules & known:
@@ -314,6 +325,23 @@ def _check_determined(one: dict[str, Any], other: dict[str, Any], kind: str, nam
                 )
 
 
-def _own_tensors(layer: nn.Module) -> list[tuple[str, Tensor]]:
-    named = [*layer.named_parameters(), *layer.named_buffers()]
-    return [(key, tensor) for key, tensor in named if not key.startswith("base_layer.")]
+def _own_tensors(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of an adapter's layer by name, also those it holds outside of its parameters and buffers."""
+    for name, module in layer.named_modules():
+        if name.partition(".")[0] == "base_layer":
+            continue  # random here
+        for attribute, value in vars(module).items():
+            if attribute != "_modules":
+                inner = attribute.removeprefix("_parameters").removeprefix("_buffers")
+                yield from _tensors_in(value, ".".join(filter(None, [name, inner])))
+
+
+def _tensors_in(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _tensors_in(inner, f"{name}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for i, inner in enumerate(value):
+            yield from _tensors_in(inner, f"{name}.{i}")

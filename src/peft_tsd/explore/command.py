@@ -115,7 +115,7 @@ def _table(one: Exploration) -> list[str]:
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    return [*lines, "rate: of the first direction; share: of all change rates, in the directions shown."]
+    return [*lines, "rate: of the first direction; share: of all change rates, in the task-specific directions."]
 
 
 def _overlap_lines(shared: Overlap) -> list[str]:
