@@ -16,9 +16,9 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 
 VIEWS = {
-    "laptop": ("light", {"width": 1280, "height": 1640}),
+    "laptop": ("light", {"width": 1280, "height": 1880}),
     "phone": ("light", {"width": 390, "height": 1500}),
-    "dark": ("dark", {"width": 1280, "height": 1640}),
+    "dark": ("dark", {"width": 1280, "height": 1880}),
 }
 
 

@@ -56,7 +56,7 @@ def test_the_finding_gives_the_means_over_weights(models):
     found = finding(one)
     assert f"carry {100 * np.mean([share.rate for share in shares]):.0f}% of its change rates" in found
     assert f"{100 * np.mean(lower):.0f}% of these directions lie" in found
-    assert "8 of a weight’s 16 to 48 core directions" in found
+    assert "the 8 most changed of a weight’s 16 to 48 core directions" in found
 
 
 def test_a_report_needs_an_exploration():

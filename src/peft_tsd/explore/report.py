@@ -94,7 +94,8 @@ def _concentration(rows: list[dict[str, Any]]) -> dict[str, float]:
 def finding(one: Exploration) -> str:
     """The main finding in one sentence: how much the TSDs carry, where they lie, what they explain of ‖ΔW‖².
 
-    Each number is a mean over the weights. Nothing is called high or low, so that the sentence holds for any model.
+    Shares are means over the weights, the place is that of all their TSDs. Nothing is called high or low, so that the
+    sentence holds for any model.
     """
     if not one.weights:
         return "No weight that both models have was changed."
@@ -103,9 +104,10 @@ def finding(one: Exploration) -> str:
     shares = [weight.choices()["tsd"] for weight in one.weights]
     positions = np.concatenate([weight.positions for weight in one.weights])
     return (
-        f"On average, {count} of a weight’s {k} core directions carry {_percent([s.rate for s in shares])} of its "
-        f"change rates; {_percent(positions > 0.5)} of these directions lie in the half of the spectrum with the "
-        f"smaller singular values, and they explain {_percent([s.energy for s in shares])} of ‖ΔW‖², all core "
+        f"On average, the {count} most changed of a weight’s {k} core directions carry "
+        f"{_percent([s.rate for s in shares])} of its change rates; {_percent(positions > 0.5)} of these directions "
+        "lie in the half of the spectrum with the smaller singular values, "
+        f"and they explain {_percent([s.energy for s in shares])} of ‖ΔW‖², all core "
         f"directions together {_percent([weight.core for weight in one.weights])}."
     )
 
