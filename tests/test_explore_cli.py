@@ -72,6 +72,7 @@ def test_nothing_changed(place, capsys):
     ("arguments", "message"),
     [
         (["base", "full", "--out", "adapter"], "adapter exists and is not overwritten"),
+        (["base", "full", "--out", "base/config.json/x"], "config.json is not a folder that can be written to"),
         (["nowhere/at/all", "full"], "BASE='nowhere/at/all': no such file or folder"),
         (["base", "./ful"], "TUNED='./ful': no such file or folder; did you mean 'full'?"),
         (["base", "rates"], "cannot load the model"),

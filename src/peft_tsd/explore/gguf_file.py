@@ -42,9 +42,8 @@ class GgufFile:
             architecture = reading.read_field(reader, "general.architecture")[0]
             if _is_loaded_otherwise(architecture):
                 raise NotImplementedError(f"transformers reads {architecture} files as a whole")
-            parsed = reading.load_gguf_checkpoint(str(path), return_tensors=False)
             processor_class = reading.TENSOR_PROCESSORS.get(architecture, reading.TensorProcessor)
-            self._processor = processor_class(config=parsed["config"])
+            self._processor = processor_class(config=model.config.to_dict())
             self._names = reading.get_gguf_hf_weights_map(model, self._processor)
         except (ValueError, OSError, KeyError, IndexError, NotImplementedError, struct.error) as error:
             raise ExploreError(

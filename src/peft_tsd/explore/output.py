@@ -25,14 +25,17 @@ from .results import Agreement, Exploration, Overlap, WeightChange, summary
 
 
 def check_out(out: str | os.PathLike[str]) -> None:
-    """Refuse a folder that exists, and an installation that cannot write one.
+    """Refuse a folder that exists or cannot be made, and an installation that cannot fill it.
 
     Raises:
-        ExploreError: `out` exists, or a package is missing.
+        ExploreError: `out` exists, its parent cannot be written to, or a package is missing.
     """
     out = Path(out)
     if out.exists() or out.is_symlink():
         raise ExploreError(f"{out} exists and is not overwritten; give a new folder, or remove it first")
+    nearest = next(parent for parent in out.absolute().parents if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ExploreError(f"{out} cannot be made: {nearest} is not a folder that can be written to")
     missing = [name for name in ("matplotlib", "plotly", "pyarrow") if importlib.util.find_spec(name) is None]
     if missing:
         raise ExploreError(f"the report needs {', '.join(missing)}: pip install 'peft-tsd[explore]'")
