@@ -3,7 +3,7 @@
 Each adapter *is* a LoRA of a higher rank. With A, B and scaling s of LoRA, directions U, V with their learned changes
 Δσ, and LoRA-Init's starting factors A₀, B₀,
 
-    A' = [A; Vᵀ; A₀],    B' = [s·B, U·diag(Δσ), −s·B₀],    scaling 1
+    A' = [s·A; diag(Δσ)·Vᵀ; −s·A₀],    B' = [B, U, B₀],    scaling 1
 
 is exact: rank r + s, or 2r + s with the `"svd"` reading of LoRA-Init. Compression to a smaller rank goes through QR of
 both factors and an SVD of the small core between them; the dense change is never formed.

@@ -3,11 +3,12 @@
 With A (r, in), B (out, r) and scaling s of LoRA, directions U (out, n), V (in, n) and their changes Δσ (n,), and the
 starting factors A₀ (r, in), B₀ (out, r) of LoRA-Init's `"svd"` reading (Si et al., arXiv 2409.01035):
 
-    ΔW = s·B·A + U·diag(Δσ)·Vᵀ − s·B₀·A₀ = B'·A',    A' = [A; Vᵀ; A₀],    B' = [s·B, U·diag(Δσ), −s·B₀]
+    ΔW = s·B·A + U·diag(Δσ)·Vᵀ − s·B₀·A₀ = B'·A',    A' = [s·A; diag(Δσ)·Vᵀ; −s·A₀],    B' = [B, U, B₀]
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -36,24 +37,19 @@ class Factors(NamedTuple):
     b0: Tensor | None = None
     """B₀, shape (out, r)."""
 
-    def down(self, with_delta_sigma: bool = False) -> Tensor:
-        """A', shape (rank, in); with Δσ on its rows where B' goes without."""
-        parts = [self.a]
+    def down(self) -> Tensor:
+        """A', shape (rank, in)."""
+        parts = [self.scaling * self.a]
         if self.v is not None and self.delta_sigma is not None:
-            parts.append(self.delta_sigma[:, None] * self.v if with_delta_sigma else self.v)
+            parts.append(self.delta_sigma[:, None] * self.v)
         if self.a0 is not None:
-            parts.append(self.a0)
+            parts.append(-self.scaling * self.a0)
         return torch.cat(parts)
 
-    def up(self, with_delta_sigma: bool = True) -> Tensor:
-        """B', shape (out, rank); with Δσ on its columns."""
-        parts = [self.scaling * self.b.mT]
-        if self.u is not None and self.delta_sigma is not None:
-            parts.append(self.delta_sigma[:, None] * self.u.mT if with_delta_sigma else self.u.mT)
-        if self.b0 is not None:
-            parts.append(-self.scaling * self.b0.mT)
+    def up(self) -> Tensor:
+        """B', shape (out, rank)."""
         # Column by column in memory: with so few columns, products are up to twice as fast that way.
-        return torch.cat(parts).mT
+        return torch.cat([part.mT for part in (self.b, self.u, self.b0) if part is not None]).mT
 
 
 def add_product(result: Tensor, x: Tensor, factors: Factors) -> Tensor:
@@ -93,7 +89,7 @@ class _AddProduct(torch.autograd.Function):
     """`add_product`, or `adapted_linear` with a weight in place of the result, with hand-written gradients. With G the
     gradient of the output, over all rows:
 
-    ∂result = G,    ∂x = (G B') A' (+ G W),    ∂A = s·(G B)ᵀ x,    ∂B = s·Gᵀ (x Aᵀ),    ∂Δσ_j = u_jᵀ Gᵀ x v_j
+    ∂result = G,    ∂x = (G B') A' (+ G W),    ∂A = s·(G B)ᵀ x,    ∂B = Gᵀ (s·x Aᵀ),    ∂Δσ_j = u_jᵀ Gᵀ x v_j
     """
 
     @staticmethod
@@ -106,13 +102,16 @@ class _AddProduct(torch.autograd.Function):
         else:
             assert result is not None
             out, hidden = _add_product(result, x, factors)
-        # A copy of A·x, so that the wider product it was cut from is freed.
+        # A copy of s·A·x, so that the wider product it was cut from is freed.
         of_a = hidden[..., : len(factors.a)].contiguous()
-        tensors = (part if isinstance(part, Tensor) else None for part in factors)
-        ctx.save_for_backward(x, weight, of_a, *tensors)
+        ctx.save_for_backward(x, weight, of_a, *(part if isinstance(part, Tensor) else None for part in factors))
         ctx.scaling = factors.scaling
         device = x.device.type
-        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        ctx.autocast = (
+            torch.autocast(device, torch.get_autocast_dtype(device))
+            if torch.is_autocast_enabled(device)
+            else nullcontext()
+        )
         return out
 
     @staticmethod
@@ -122,22 +121,21 @@ class _AddProduct(torch.autograd.Function):
         factors = Factors(*parts)._replace(scaling=ctx.scaling)
         _, needs_x, _, _, needs_a, needs_b, _, needs_delta_sigma, *_ = ctx.needs_input_grad
         grad_x = grad_a = grad_b = grad_delta_sigma = None
-        device, dtype, enabled = ctx.autocast
-        with torch.autocast(device, dtype, enabled=enabled):
+        with ctx.autocast:
             g = _rows(gradient).to(of_a.dtype)
-            # One product with G serves A, Δσ and x: Δσ is applied to the rows of A' instead of the columns of B'.
-            along = g @ factors.up(with_delta_sigma=False)
+            along = g @ factors.up()
             if needs_a or needs_delta_sigma:
-                moved = along.mT @ _rows(x)
                 r = len(factors.a)
-                grad_a = moved[:r].clone()  # a view would keep all of `moved` until the optimizer's step
+                n = 0 if factors.v is None else len(factors.v)
+                moved = along[:, : r + n].mT @ _rows(x)
+                grad_a = factors.scaling * moved[:r]
                 if factors.v is not None:
-                    grad_delta_sigma = (moved[r : r + len(factors.v)] * factors.v).sum(1)
+                    grad_delta_sigma = (moved[r:] * factors.v).sum(1)
             if needs_b:
                 # The transpose of (x Aᵀ)ᵀ G: with so few columns, Gᵀ (x Aᵀ) itself is up to three times slower.
-                grad_b = (_rows(factors.scaling * of_a).mT @ g).mT
+                grad_b = (_rows(of_a).mT @ g).mT
             if needs_x:
-                down = factors.down(with_delta_sigma=True)
+                down = factors.down()
                 grad_x = along @ down if weight is None else (g @ weight).addmm_(along, down)
                 grad_x = grad_x.view_as(x)
         grad_result = gradient if weight is None else None
