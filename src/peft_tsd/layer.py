@@ -315,7 +315,10 @@ class Linear(TsdLayer, lora.Linear):
         weight, bias = base.weight, base.bias
         if self.lora_bias[adapter] or (self.training and not isinstance(self.lora_dropout[adapter], nn.Identity)):
             return None
-        if torch.is_autocast_enabled(x.device.type) or not x.dtype == weight.dtype == self.lora_A[adapter].weight.dtype:
+        if (
+            torch.is_autocast_enabled(x.device.type)
+            or not x.dtype == weight.dtype == self.lora_A[adapter].weight.dtype
+        ):
             return None
         return adapted_linear(x, weight, bias, self.factors(adapter))
 
