@@ -23,6 +23,7 @@ import gc
 import itertools
 import json
 import platform
+import random
 import statistics
 import sys
 import time
@@ -201,10 +202,12 @@ def main() -> None:
             row.step(inputs)
     gc.collect()
     gc.disable()
-    names = list(rows)
+    # In another order every round: what a step costs depends on what the one before it left in caches and heap.
+    order, shuffle = list(rows.values()), random.Random(0).shuffle
     for i in range(args.steps):
-        for j in range(len(names)):
-            rows[names[(i + j) % len(names)]].timed_step(inputs)
+        shuffle(order)
+        for row in order:
+            row.timed_step(inputs)
         print(f"\rround {i + 1} of {args.steps}", end="", file=sys.stderr)
     gc.enable()
     print(file=sys.stderr)
