@@ -330,9 +330,9 @@ def main() -> None:
     for seed in args.seeds:
         for rank in (None, *args.ranks):
             train(source, texts, run_folder(args, seed, rank), rank, seed, args)
-    truths = {
-        seed: explore(args.model, str(run_folder(args, seed, None) / "model"), modules=TARGETS)[0] for seed in args.seeds
-    }
+    truths = {}
+    for seed in args.seeds:
+        [truths[seed]] = explore(args.model, str(run_folder(args, seed, None) / "model"), modules=TARGETS)
     args.full = {seed: finished(run_folder(args, seed, None)) for seed in args.seeds}
     runs: dict[tuple[int, int], dict[str, Any]] = {}
     for seed in args.seeds:

@@ -21,7 +21,7 @@ class TsdType(str, enum.Enum):
 
 
 # Fields of LoraConfig that change what a layer computes in ways the directions do not (yet) follow, and why.
-_REFUSED_FIELDS = {
+REFUSED_FIELDS = {
     "use_dora": "change rates are defined on LoRA's own change, not on DoRA's magnitude and direction",
     "velora_config": "VeLoRA replaces the backward pass of LoRA's A",
     "alora_invocation_tokens": "an activated LoRA has no single change of the weight to identify directions from",
@@ -110,7 +110,7 @@ class TsdConfig(LoraConfig):
         _check_positive_int("num_directions", self.num_directions, "the number of directions a layer")
         _check_positive_float("dash_lr_ratio", self.dash_lr_ratio)
         _check_positive_float("eps", self.eps)
-        for name, reason in _REFUSED_FIELDS.items():
+        for name, reason in REFUSED_FIELDS.items():
             if getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} cannot be combined with {self.method}: {reason}.")
         if self.init_lora_weights not in _ALLOWED_INITS:

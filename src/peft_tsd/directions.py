@@ -74,7 +74,7 @@ def global_coordinates(weight: Tensor, matrix: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: As `core_bases`, for either argument; or the shapes differ.
     """
-    _check_change(weight, matrix)
+    check_change(weight, matrix)
     u, _, v = core_bases(as_double(weight))
     return _like(weight, u.mT @ as_double(matrix) @ v)
 
@@ -89,8 +89,8 @@ def core_coordinates(weight: Tensor, matrix: Tensor | LowRank) -> Tensor:
     Raises:
         TypeError, ValueError: As `core_bases`, for either argument; or the shapes do not fit.
     """
-    _check_change(weight, matrix)
-    return _like(weight, _core_coordinates(Spectrum(weight), matrix))
+    check_change(weight, matrix)
+    return _like(weight, coordinates_on(Spectrum(weight), matrix))
 
 
 def direction(weight: Tensor) -> Tensor:
@@ -122,8 +122,8 @@ def change_rates(weight: Tensor, delta: Tensor | LowRank, eps: float = 1e-6) -> 
         TypeError, ValueError: As `core_bases`, for either argument; or the shapes do not fit; or `eps` is not
             positive.
     """
-    _check_change(weight, delta)
-    return _like(weight, _change_rates(Spectrum(weight), delta, eps))
+    check_change(weight, delta)
+    return _like(weight, rates_on(Spectrum(weight), delta, eps))
 
 
 def task_specific_directions(
@@ -142,9 +142,9 @@ def task_specific_directions(
     """
     if isinstance(num, bool) or not isinstance(num, int) or num < 1:
         raise ValueError(f"num must be a positive integer, the number of directions to choose; got {num!r}.")
-    _check_change(weight, delta)
+    check_change(weight, delta)
     spectrum = Spectrum(weight)
-    rates = _change_rates(spectrum, delta, eps)
+    rates = rates_on(spectrum, delta, eps)
     # A stable sort, so that equal rates are taken in the order of the spectrum on every machine.
     indices = torch.sort(rates, descending=True, stable=True).indices[:num]
     return TaskSpecificDirections(
@@ -176,7 +176,12 @@ def check_matrix(matrix: Tensor, name: str) -> None:
         )
 
 
-def _check_change(weight: Tensor, delta: Tensor | LowRank) -> None:
+def check_change(weight: Tensor, delta: Tensor | LowRank) -> None:
+    """Refuse a weight, or a change of it, that the definitions here do not cover.
+
+    Raises:
+        TypeError, ValueError: As `check_matrix`, for either; or the shapes do not fit; or a scaling is not finite.
+    """
     check_matrix(weight, "weight")
     if isinstance(delta, Tensor):
         check_matrix(delta, "delta")
@@ -199,17 +204,19 @@ def _check_change(weight: Tensor, delta: Tensor | LowRank) -> None:
         raise ValueError(f"delta must have the weight's shape {tuple(weight.shape)}; got {shape}.")
 
 
-def _core_coordinates(spectrum: Spectrum, delta: Tensor | LowRank) -> Tensor:
+def coordinates_on(spectrum: Spectrum, delta: Tensor | LowRank) -> Tensor:
+    """`core_coordinates` of a weight that has been factorized: float64, shape (k,). `delta` is not checked."""
     if isinstance(delta, Tensor):
         return (spectrum.u() * (as_double(delta) @ spectrum.v())).sum(0)
     b, a, scaling = delta
     return scaling * (spectrum.left_coordinates(b) * spectrum.right_coordinates(a.mT)).sum(1)
 
 
-def _change_rates(spectrum: Spectrum, delta: Tensor | LowRank, eps: float) -> Tensor:
+def rates_on(spectrum: Spectrum, delta: Tensor | LowRank, eps: float) -> Tensor:
+    """`change_rates` of a weight that has been factorized: float64, shape (k,). `delta` is not checked."""
     if not 0 < eps < float("inf"):
         raise ValueError(f"eps must be positive and finite; got {eps!r}.")
-    return _core_coordinates(spectrum, delta).abs() / (spectrum.sigma + eps)
+    return coordinates_on(spectrum, delta).abs() / (spectrum.sigma + eps)
 
 
 def _like(weight: Tensor, result: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ taken instead. Of the 150 q, k, v, up and down weights of SmolLM2-135M (σ₁/σ
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,21 @@ class Spectrum:
             self._tall = None
             self._long, self.sigma, short_transposed = torch.linalg.svd(as_double(tall), full_matrices=False)
             self._short = short_transposed.mT
+
+    def cpu(self) -> Spectrum:
+        """The same on the CPU."""
+        moved = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(moved, name, value.cpu())
+        return moved
+
+    def bytes_on_cpu(self) -> int:
+        """What `cpu()` holds there, but for a weight that is there anyway."""
+        held = [self.sigma, self._short, self._long]
+        if self._tall is not None and self._tall.device.type != "cpu":
+            held.append(self._tall)
+        return sum(tensor.nbytes for tensor in held if tensor is not None)
 
     def u(self, indices: Tensor | None = None) -> Tensor:
         """Left singular vectors, shape (out, n); all k of them without `indices`."""

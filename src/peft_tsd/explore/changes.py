@@ -18,7 +18,7 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from ..config import _REFUSED_FIELDS, TsdConfig
+from ..config import REFUSED_FIELDS, TsdConfig
 from ..directions import LowRank
 from ..export import lora_scaling, stack_layer
 from ..loading import Source
@@ -215,7 +215,7 @@ def open_adapter(
     grouped = {n for n, module in model.named_modules() if isinstance(module, nn.Conv2d) and module.groups > 1}
     low_rank = (
         kind in ("LORA", "TSD")  # by its type: AdaLoRA's configuration is one of LoRA's too
-        and not any(getattr(config, field, None) for field in _REFUSED_FIELDS)
+        and not any(getattr(config, field, None) for field in REFUSED_FIELDS)
         and not grouped.intersection(map(_adapted_module, files))  # whose B·A has another shape than the kernel
     )
     if isinstance(config, LoraConfig):

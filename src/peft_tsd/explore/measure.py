@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..directions import LowRank, _check_change, _core_coordinates
+from ..directions import LowRank, check_change, coordinates_on
 from ..spectrum import Spectrum, as_double
 from .results import Agreement, Exploration, FloatArray, IntArray, Overlap, WeightChange
 from .trajectory import Trajectory, same_norm
@@ -44,9 +44,9 @@ def measure(
         TypeError, ValueError: As `peft_tsd.directions.task_specific_directions`.
     """
     check_settings(num_directions, eps)
-    _check_change(weight, delta)
+    check_change(weight, delta)
     spectrum = spectrum or Spectrum(weight)
-    coordinates = _array(_core_coordinates(spectrum, delta))
+    coordinates = _array(coordinates_on(spectrum, delta))
     sigma = _array(spectrum.sigma)
     rates = np.abs(coordinates) / (sigma + eps)
     layer, module = place(name)

@@ -5,7 +5,6 @@ Rates come from the adapter's low-rank factors and one factorization of each fro
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import TrainerCallback
 
-from ..directions import LowRank, _change_rates, check_matrix
+from ..directions import LowRank, check_matrix, rates_on
 from ..layer import TsdLayer
 from ..spectrum import Spectrum, as_double
 from .measure import check_settings
@@ -134,7 +133,7 @@ class DirectionRecorder(TrainerCallback):
             check_matrix(a, f"A of {name}")
             spectrum = self._spectrum(name, layer)
             device = spectrum.sigma.device
-            found = _change_rates(spectrum, (b.to(device), a.to(device), scaling), self.eps)
+            found = rates_on(spectrum, (b.to(device), a.to(device), scaling), self.eps)
             rates[name] = found.float().cpu().contiguous()
         temporary = self.folder / f".{step_name(step)}"
         try:
@@ -191,12 +190,11 @@ class DirectionRecorder(TrainerCallback):
         """The factorization of a frozen weight: on the CPU where it is kept, on the weight's device where not."""
         if name in self._spectra:
             return self._spectra[name]
-        weight = frozen_weight(layer)
-        spectrum = Spectrum(weight)
-        size = _bytes_on_cpu(spectrum, weight)
+        spectrum = Spectrum(frozen_weight(layer))
+        size = spectrum.bytes_on_cpu()
         if size <= self._cache_left:
             self._cache_left -= size
-            spectrum = self._spectra[name] = _on_cpu(spectrum)
+            spectrum = self._spectra[name] = spectrum.cpu()
         return spectrum
 
     def _layers(self, model: nn.Module) -> Iterator[tuple[str, LoraLayer, str]]:
@@ -255,23 +253,6 @@ def _unsupported(layer: LoraLayer, adapter: str) -> str | None:
     if weight.is_meta or isinstance(weight, DTensor):
         return "its weight is offloaded or sharded over processes; it must be whole in memory"
     return None
-
-
-def _on_cpu(spectrum: Spectrum) -> Spectrum:
-    moved = copy.copy(spectrum)
-    for attribute, value in vars(spectrum).items():
-        if isinstance(value, Tensor):
-            setattr(moved, attribute, value.cpu())
-    return moved
-
-
-def _bytes_on_cpu(spectrum: Spectrum, weight: Tensor) -> int:
-    """What keeping `spectrum` on the CPU costs; a `weight` that is there already costs nothing."""
-    storages = [value.untyped_storage() for value in vars(spectrum).values() if isinstance(value, Tensor)]
-    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    if weight.device.type == "cpu":
-        sizes.pop(weight.untyped_storage().data_ptr(), None)
-    return sum(sizes.values())
 
 
 def _is_main_process() -> bool:
