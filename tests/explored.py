@@ -91,4 +91,5 @@ def agreement(one: Exploration, predicted: int = 16, seed: int = 0, num_steps: i
         precision=np.clip(rise + rng.normal(0, 0.05, shape), 0, 1),
         recall=np.clip(rise + rng.normal(0.08, 0.05, shape), 0, 1),
         chance=np.array([min(1.0, one.num_directions / weight.k) for weight in one.weights]),
+        random_change=np.array([min(1.0, 2 * one.num_directions / weight.k) for weight in one.weights]),
     )

@@ -113,8 +113,9 @@ def test_agreements_are_drawn_side_by_side(one):
         assert line.get_label() == name
         np.testing.assert_allclose(line.get_ydata(), agreement.precision.mean(1))
     styles = {(line.get_color(), str(line.get_linestyle()), line.get_marker()) for line in recall.lines}
-    assert len(styles) == 6  # five ranks and one level of chance
-    assert [line.get_label() for line in precision.lines].count("chance") == 1
+    assert len(styles) == 7  # five ranks, one level of chance and one of a random change
+    labels = [line.get_label() for line in precision.lines]
+    assert (labels.count("chance"), labels.count("random change")) == (1, 1)
     with pytest.raises(ValueError, match="at least one"):
         agreement_figure({})
 

@@ -94,6 +94,26 @@ def exploration(tuned: str, deltas: dict[str, torch.Tensor], num_directions: int
     return Exploration("base", tuned, "checkpoint", num_directions, 1e-6, tuple(weights), {})
 
 
+def test_a_random_change_shows_what_dense_gaussian_changes_show():
+    torch.manual_seed(0)
+    weight = torch.linalg.qr(torch.randn(50, 30)).Q * torch.logspace(1, -1, 30)
+    dense = [measure("w", weight, torch.randn(50, 30) * 0.1, num_directions=3) for _ in range(300)]
+    one = Exploration("base", "tuned", "checkpoint", 3, 1e-6, (dense[0],), {})
+    drawn = [one.random_change(seed).weights[0] for seed in range(300)]
+    assert {weight.change_norm for weight in drawn} == {dense[0].change_norm}
+    assert one.random_change(1).weights[0].rates.tolist() == drawn[1].rates.tolist()
+    for quantity, tolerance in (
+        (lambda w: w.gini, 0.02),
+        (lambda w: w.choices()["tsd"].rate, 0.02),
+        (lambda w: w.choices()["tsd"].energy, 0.001),
+        (lambda w: w.positions.mean(), 0.02),
+        (lambda w: w.core, 0.002),
+    ):
+        assert np.mean([quantity(w) for w in drawn]) == pytest.approx(
+            np.mean([quantity(w) for w in dense]), abs=tolerance
+        )
+
+
 def test_overlap_counts_shared_directions():
     one = exploration("one", {"a": torch.tensor([0.0, 5, 5, 0]), "b": torch.ones(4)})
     two = exploration("two", {"a": torch.tensor([0.0, 0, 5, 5])})
@@ -135,6 +155,9 @@ def test_agreement_counts_hits(tmp_path):
     assert against.truth == "tuned"
     assert against.weights == ("a",)
     assert against.precision[:, 0].tolist() == [0, 1, 0, 0]
+    (random,) = (weight for weight in tuned.random_change().weights if weight.name == "a")
+    assert against.random_change.tolist() == [len({0, 1} & set(np.argsort(-random.rates)[:2])) / 2]
+    assert itself.random_change is None
 
 
 def test_agreement_refuses_another_base(tmp_path):

@@ -218,10 +218,13 @@ def test_overlap_and_agreement_are_those_given(show, models):
     page = show(render(models, overlap, agreement))
     mean = 100 * overlap.shared[:, 0, 1].mean()
     assert page.locator("#overlap tbody tr").first.locator("td").nth(1).text_content() == f"{mean:.0f}%"
-    np.testing.assert_allclose(curve(page, "precision", 2), agreement.precision.mean(1))
-    np.testing.assert_allclose(curve(page, "recall", 2), agreement.recall.mean(1))
+    chance, random = agreement.chance.mean(), agreement.random_change.mean()
+    np.testing.assert_allclose(curve(page, "precision", 0), np.full(10, chance))
+    np.testing.assert_allclose(curve(page, "precision", 1), np.full(10, random))
+    np.testing.assert_allclose(curve(page, "precision", 3), agreement.precision.mean(1))
+    np.testing.assert_allclose(curve(page, "recall", 3), agreement.recall.mean(1))
     cell(page, "lm_head").click()
-    np.testing.assert_allclose(curve(page, "recall", 1), agreement.recall[:, -1])
+    np.testing.assert_allclose(curve(page, "recall", 2), agreement.recall[:, -1])
     lead = page.locator("#agreement-lead").text_content()
     assert "the 16 directions" in lead
     assert "the 8 highest of the fully fine-tuned model" in lead

@@ -139,6 +139,8 @@ def _agreement_lines(agreed: Agreement) -> list[str]:
         f"{agreed.truth}, over {len(agreed.weights)} weights:",
         f"  by chance   precision {agreed.chance.mean():.2f}",
     ]
+    if agreed.random_change is not None:
+        lines.append(f"  by a random change of the weights   precision {agreed.random_change.mean():.2f}")
     for t in sorted({0, len(agreed.steps) // 2, len(agreed.steps) - 1}):
         precision, recall = agreed.precision[t].mean(), agreed.recall[t].mean()
         lines.append(f"  step {agreed.steps[t]:<6} precision {precision:.2f}, recall {recall:.2f}")

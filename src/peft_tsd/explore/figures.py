@@ -127,12 +127,13 @@ def heatmap_figure(exploration: Exploration) -> Figure:
 
 
 def positions_figure(exploration: Exploration) -> Figure:
-    """Where in the spectrum the TSDs of all weights lie, and what random directions would show."""
+    """Where in the spectrum the TSDs of all weights lie, and where those of a random change would."""
     with _style():
         figure, (axes,) = _panels(1, 2.2, width=WIDTH / 2)
         centres = (np.arange(BINS) + 0.5) / BINS
         axes.bar(centres, histogram(exploration), width=0.88 / BINS, color=ACCENT)
-        axes.axhline(1 / BINS, color=INK, linestyle="--", linewidth=0.9, label="random directions")
+        random = histogram(exploration.random_change())
+        axes.step(centres, random, where="mid", color=INK, linestyle="--", linewidth=0.9, label="random change")
         axes.set(xlim=(0, 1), xlabel="position (0: largest σ, 1: smallest)", ylabel="share of the TSDs")
         axes.yaxis.set_major_formatter(_percent())
         axes.legend(loc="upper left")
@@ -177,13 +178,16 @@ def agreement_figure(agreements: Mapping[str, Agreement]) -> Figure:
         for i, (name, one) in enumerate(agreements.items()):
             precision.plot(one.steps, one.precision.mean(1), **_series(i), label=_literal(name))
             recall.plot(one.steps, one.recall.mean(1), **_series(i), label=_literal(name))
-        # Lines of one model and one size of the sets have one chance level; each level is drawn once.
-        for axes, levels in (
-            (precision, {float(one.chance.mean()) for one in agreements.values()}),
-            (recall, {_random_recall(one) for one in agreements.values()}),
+        # Lines of one model and one size of the sets share their baselines; each is drawn once.
+        drawn: set[str] = set()
+        for name, dashes, of_precision, of_recall in sorted(
+            {b for one in agreements.values() for b in _baselines(one)}
         ):
-            for i, level in enumerate(sorted(levels)):
-                axes.axhline(level, color=CHANCE, linestyle=":", linewidth=0.9, label=None if i else "chance")
+            for axes, level in ((precision, of_precision), (recall, of_recall)):
+                label = None if name in drawn else name
+                axes.axhline(level, color=CHANCE, linestyle=dashes, linewidth=0.9, label=label)
+            drawn.add(name)
+        for axes in (precision, recall):
             axes.set(ylim=(0, 1.02), xlabel="optimizer step")
             axes.yaxis.set_major_formatter(_percent())
         precision.set_title("Precision: predicted directions that are true")
@@ -209,8 +213,16 @@ def _rates(axes: Axes, name: str, indices: IntArray, x: IntArray, weight: Weight
     axes.locator_params(axis="x", nbins=5, integer=True)
 
 
-def _random_recall(agreement: Agreement) -> float:
-    return float(np.minimum(1, agreement.chance * agreement.predicted / agreement.true).mean())
+def _baselines(agreement: Agreement) -> list[tuple[str, str, float, float]]:
+    """What knows nothing of the task scores: its name, its dashes, its precision and its recall."""
+    levels = [("chance", ":", agreement.chance)]
+    if agreement.random_change is not None:
+        levels.append(("random change", "--", agreement.random_change))
+    ratio = agreement.predicted / agreement.true
+    return [
+        (name, dashes, float(level.mean()), float(np.minimum(1, level * ratio).mean()))
+        for name, dashes, level in levels
+    ]
 
 
 def _series(i: int) -> dict[str, Any]:

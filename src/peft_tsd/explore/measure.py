@@ -165,12 +165,14 @@ def agreement(
     for option, size in (("predicted", predicted), ("true", true)):
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"{option} must be a positive integer, the size of a set of directions; got {size!r}.")
+    randomly: dict[str, FloatArray] | None = None
     if truth is None:
         words = f"the end of the run (step {trajectory.steps[-1]})"
         rates_of_truth = {name: trajectory.rates(name)[-1].astype(np.float64) for name in trajectory.weights}
     else:
         words = truth.tuned
         rates_of_truth = {weight.name: weight.rates for weight in truth.weights}
+        randomly = {weight.name: weight.rates for weight in truth.random_change().weights}
         for weight in truth.weights:
             norm = trajectory.norms.get(weight.name, weight.weight_norm)
             if not same_norm(norm, weight.weight_norm):
@@ -188,12 +190,16 @@ def agreement(
     precision = np.zeros((len(trajectory.steps), len(names)))
     recall = np.zeros_like(precision)
     chance = np.zeros(len(names))
+    random_change = np.zeros(len(names))
     for i, name in enumerate(names):
         rates = trajectory.rates(name)
         k = rates.shape[1]
         _check_same_k(name, [k, len(rates_of_truth[name])])
         right = set(highest(rates_of_truth[name], true).tolist())
         chance[i] = len(right) / k
+        if randomly is not None:
+            chosen = highest(randomly[name], predicted).tolist()
+            random_change[i] = len(right.intersection(chosen)) / len(chosen)
         for t, row in enumerate(rates):
             chosen = [j for j in highest(row.astype(np.float64), predicted).tolist() if row[j] > 0]
             hits = len(right.intersection(chosen))
@@ -208,6 +214,7 @@ def agreement(
         precision=precision,
         recall=recall,
         chance=chance,
+        random_change=None if randomly is None else random_change,
     )
 
 

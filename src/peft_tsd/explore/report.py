@@ -81,6 +81,7 @@ def _model(one: Exploration, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "layers": layers(one),
         "kinds": [{"kind": name, **_concentration(of_kind)} for name, of_kind in by_kind.items()],
         "overall": _concentration(rows) if rows else None,
+        "random_histogram": histogram(one.random_change()).tolist(),
         "histogram": histogram(one).tolist(),
         "initial": representative(one).name if one.weights else None,
     }
@@ -116,17 +117,32 @@ def _facts(one: Exploration) -> list[list[str]]:
     """The numbers beside the finding, as (value, what it is)."""
     if not one.weights:
         return []
-    even = [len(weight.directions) / weight.k for weight in one.weights]
-    last = [np.mean(weight.directions >= weight.k - len(weight.directions)) for weight in one.weights]
+    random = one.random_change()
     strongest = max(one.weights, key=lambda weight: weight.rates.max())
     relative = [weight.change_norm / weight.weight_norm for weight in one.weights if weight.weight_norm > 0]
     facts = [
-        [_percent(even), "of the change rates is what the TSDs would carry if all rates were equal"],
-        [f"{np.mean([weight.gini for weight in one.weights]):.2f}", "Gini coefficient of the rates (0: all equal)"],
-        [_percent(last), "of the TSDs are simply the directions with the smallest singular values"],
+        [
+            _percent([w.choices()["tsd"].rate for w in random.weights]),
+            "of the rates: what as many directions carry under a random change of the same size",
+        ],
+        [_gini(one), f"Gini coefficient of the rates (0: all equal; of a random change: {_gini(random)})"],
+        [
+            _last(one),
+            "of the TSDs are simply the directions with the smallest singular values (of a random change: "
+            f"{_last(random)})",
+        ],
         [f"{strongest.rates.max():.3g}", f"largest change rate, in {strongest.name}"],
     ]
     return [*facts, [f"{np.mean(relative):.2g}", "mean relative change ‖ΔW‖ / ‖W‖"]] if relative else facts
+
+
+def _gini(one: Exploration) -> str:
+    return f"{np.mean([weight.gini for weight in one.weights]):.2f}"
+
+
+def _last(one: Exploration) -> str:
+    """The part of the TSDs that are the last of the spectrum, in percent."""
+    return _percent([np.mean(weight.directions >= weight.k - len(weight.directions)) for weight in one.weights])
 
 
 def _span(numbers: list[int]) -> str:

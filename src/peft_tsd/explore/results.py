@@ -8,7 +8,7 @@ core coordinates are `c_i = u_iᵀ ΔW v_i`, the change rates `δ_i = |c_i| / (�
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -140,6 +140,30 @@ class Exploration:
                 return weight
         raise KeyError(name)
 
+    def random_change(self, seed: int = 0) -> Exploration:
+        """What a random change of the same size would show: the null model that any finding is to be held against.
+
+        The core coordinates of a dense ΔW of independent Gaussian entries are independent and Gaussian too, with no
+        regard to σ. Its change rates fall off as 1/σ, and so crowd towards the small singular values by themselves.
+
+        Args:
+            seed: Of the draw.
+        """
+        rng = np.random.default_rng(seed)
+        return replace(
+            self,
+            tuned="a random change",
+            weights=tuple(_randomly_changed(weight, self.eps, rng) for weight in self.weights),
+        )
+
+
+def _randomly_changed(weight: WeightChange, eps: float, rng: np.random.Generator) -> WeightChange:
+    out, inner = weight.shape
+    coordinates = rng.normal(0, weight.change_norm / np.sqrt(out * inner), weight.k)
+    rates = np.abs(coordinates) / (weight.sigma + eps)
+    directions = np.argsort(-rates, kind="stable")[: len(weight.directions)]
+    return replace(weight, coordinates=coordinates, rates=rates, directions=directions)
+
 
 @dataclass(frozen=True)
 class Overlap:
@@ -172,6 +196,9 @@ class Agreement:
         weights: The weights compared.
         precision, recall: Shape (t, weights), 0 to 1.
         chance: Precision of a random choice, `true / k`, shape (weights,); random recall is `predicted / k`.
+        random_change: Precision of the highest rates of a random change (`Exploration.random_change`), shape
+            (weights,): what the weights alone give away. Its recall is that times `predicted / true`. None where the
+            truth is the end of the run itself.
     """
 
     truth: str
@@ -182,6 +209,7 @@ class Agreement:
     precision: FloatArray
     recall: FloatArray
     chance: FloatArray
+    random_change: FloatArray | None = None
 
 
 def summary(
@@ -197,6 +225,7 @@ def summary(
                 "num_directions": one.num_directions,
                 "eps": one.eps,
                 "mean": _means([_row(weight) for weight in one.weights]),
+                "random_change": _means([_row(weight) for weight in one.random_change().weights]),
                 "weights": [{**_identity(weight), **_row(weight)} for weight in one.weights],
                 "left_out": one.left_out,
             }
@@ -220,6 +249,7 @@ def summary(
             "precision": agreement.precision.tolist(),
             "recall": agreement.recall.tolist(),
             "chance": agreement.chance.tolist(),
+            "random_change": None if agreement.random_change is None else agreement.random_change.tolist(),
         }
     return found
 

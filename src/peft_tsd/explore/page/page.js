@@ -385,7 +385,8 @@
     const line = (name, means, total) => element("tr", { class: total ? "total" : null }, head(name, "row"),
       cell(String(means.count)), ...columns.map((key) => cell(percent(means[key]))), cell(means.gini.toFixed(2)));
     fill($("concentration"), ["Module", "Weights", ...data.highest.map((n) => `Highest ${n}`), "Gini"],
-      [...model.kinds.map((means) => line(means.kind, means, false)), line("All weights", model.overall, true)]);
+      [...model.kinds.map((means) => line(means.kind, means, false)), line("All weights", model.overall, true),
+        line("A random change of them", { ...model.random_change, count: model.overall.count }, false)]);
   }
 
   function showPositions(model, colours) {
@@ -397,8 +398,9 @@
       hovertemplate: "position %{customdata}<br>%{y:.1%} of the TSDs<extra></extra>",
     };
     const chance = {
-      type: "scatter", mode: "lines", x: [0, 1], y: [1 / bins, 1 / bins], hoverinfo: "skip",
-      line: { color: colours.ink, width: 1.5, dash: "dash" },
+      type: "scatter", mode: "lines", x: centres, y: model.random_histogram,
+      line: { color: colours.ink, width: 1.5, dash: "dash", shape: "hvh" },
+      hovertemplate: "under a random change<br>%{y:.1%}<extra></extra>",
     };
     draw("positions", colours, [bars, chance],
       ["position in the spectrum", { range: [0, 1] }],
@@ -483,20 +485,27 @@
   // ---------------------------------------------------------------- over training
 
   function showAgreement(weight, colours) {
-    const { truth, predicted, true: size, steps, weights, precision, recall, chance } = data.agreement;
+    const { truth, predicted, true: size, steps, weights, precision, recall, chance, random_change: random } =
+      data.agreement;
     $("agreement-section").hidden = false;
     $("agreement-lead").textContent =
       `At each recorded step, the ${predicted} directions of a weight with the highest change rates so far are the ` +
       `prediction; the truth is the ${size} highest of ${truth}. Precision is the part of the predicted directions ` +
       "that are true, recall the part of the true directions that were predicted. Lines are means over " +
-      `${counted(weights.length, "weight")}; dotted, what a random choice would score.`;
+      `${counted(weights.length, "weight")}; dotted, what a random choice would score` +
+      (random ? "; dashed, what the highest rates of a random change of the weights would." : ".");
     const own = weight ? weights.indexOf(weight.name) : -1;
     $("agreement-weight").textContent = own >= 0
       ? `Thin line with open markers: ${weight.name}.`
       : weight ? `${weight.name} was not recorded.` : "";
-    const randomly = chance.map((value) => Math.min(1, (value * predicted) / size));
-    const panel = (id, values, level) => {
+    const asRecall = (values) => values.map((value) => Math.min(1, (value * predicted) / size));
+    const panel = (id, values, level, randomLevel) => {
       const traces = [{ ...chanceLine(colours), x: steps, y: steps.map(() => mean(level)) }];
+      if (randomLevel) {
+        traces.push({ x: steps, y: steps.map(() => mean(randomLevel)), name: "random change", mode: "lines",
+          line: { color: colours.ink, width: 1.5, dash: "dash" },
+          hovertemplate: "a random change %{y:.1%}<extra></extra>" });
+      }
       const hovertemplate = "step %{x}<br>%{y:.1%}";
       if (own >= 0) {
         const symbol = { symbol: "circle-open", size: 7, color: colours.ink };
@@ -507,8 +516,8 @@
       draw(id, colours, traces, ["optimizer step"],
         ["", { tickformat: ".0%", range: [0, 1.03] }], { showlegend: true });
     };
-    panel("precision", precision, chance);
-    panel("recall", recall, randomly);
+    panel("precision", precision, chance, random);
+    panel("recall", recall, asRecall(chance), random && asRecall(random));
   }
 
   // ---------------------------------------------------------------- controls
