@@ -73,6 +73,7 @@ def overlap(explorations: Sequence[Exploration]) -> Overlap:
         weights=tuple(weight.name for weight in weights),
         shared=np.array(shared),
         chance=np.array([len(weight.directions) / weight.k for weight in weights]),
+        random_change=np.array([min(1.0, 2 * len(weight.directions) / weight.k) for weight in weights]),
     )
 
 

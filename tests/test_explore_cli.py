@@ -45,7 +45,7 @@ def test_everything_at_once(place, capsys):
     assert "left out: 10 not adapted by adapter" in printed
     assert "left out: 1 the output head" in printed
     assert "model.layers.1.mlp.up_proj" in printed
-    assert "(by chance 9.4%), over 2 weights" in printed
+    assert "(two random sets 9.4%, two random changes" in printed
     assert "the 8 directions predicted at each step, against the 4 true ones of full, over 2 weights" in printed
     assert "step 3      precision" in printed
     assert "report   found/report.html" in printed

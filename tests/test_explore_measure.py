@@ -122,6 +122,8 @@ def test_overlap_counts_shared_directions():
     assert found.weights == ("a",)
     assert found.shared.tolist() == [[[1.0, 0.5], [0.5, 1.0]]]
     assert found.chance.tolist() == [0.5]
+    first, second = (set(one.random_change(seed).weights[0].directions.tolist()) for seed in (0, 1))
+    assert found.random_change.tolist() == [len(first & second) / 2]
 
 
 def test_overlap_refuses_what_cannot_be_compared():

@@ -121,7 +121,7 @@ def _table(one: Exploration) -> list[str]:
 def _overlap_lines(shared: Overlap) -> list[str]:
     if not shared.weights:
         return ["No weight was changed in all models: their task-specific directions cannot be compared."]
-    chance = f"by chance {shared.chance.mean():.1%}"
+    chance = f"two random sets {shared.chance.mean():.1%}, two random changes {shared.random_change.mean():.1%}"
     pairs = list(combinations(range(len(shared.tuned)), 2))
     mean = sum(shared.shared[:, a, b].mean() for a, b in pairs) / len(pairs)
     lines = [

@@ -134,13 +134,16 @@ def overlap(explorations: Sequence[Exploration]) -> Overlap:
     count = len(explorations)
     shared = np.empty((len(names), count, count))
     chance = np.empty(len(names))
+    random_change = np.empty(len(names))
+    random = [{weight.name: weight for weight in explorations[0].random_change(seed).weights} for seed in (0, 1)]
     for i, name in enumerate(names):
         weights = [found[name] for found in by_name]
         _check_same_k(name, [weight.k for weight in weights])
         sets = [set(weight.directions.tolist()) for weight in weights]
         shared[i] = [[len(a & b) / len(a) for b in sets] for a in sets]
         chance[i] = len(sets[0]) / weights[0].k
-    return Overlap(tuned=tuple(one.tuned for one in explorations), weights=names, shared=shared, chance=chance)
+        random_change[i] = np.isin(*(found[name].directions for found in random)).mean()
+    return Overlap(tuple(one.tuned for one in explorations), names, shared, chance, random_change)
 
 
 def agreement(

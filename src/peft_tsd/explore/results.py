@@ -174,12 +174,14 @@ class Overlap:
         weights: The weights all of them changed.
         shared: `|S_a ∩ S_b| / |S|` of the TSD sets, shape (weights, models, models); 1 on the diagonal.
         chance: What two random sets of that size share on average, `|S| / k`, shape (weights,).
+        random_change: What two random changes of the weight share (`Exploration.random_change`), shape (weights,).
     """
 
     tuned: tuple[str, ...]
     weights: tuple[str, ...]
     shared: FloatArray
     chance: FloatArray
+    random_change: FloatArray
 
 
 @dataclass(frozen=True)
@@ -238,6 +240,7 @@ def summary(
             "weights": list(overlap.weights),
             "shared": overlap.shared.tolist(),
             "chance": overlap.chance.tolist(),
+            "random_change": overlap.random_change.tolist(),
         }
     if agreement is not None:
         found["agreement"] = {

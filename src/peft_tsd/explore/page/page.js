@@ -435,12 +435,13 @@
   }
 
   function showOverlap() {
-    const { tuned, shared, chance, weights } = data.overlap;
+    const { tuned, shared, chance, random_change: random, weights } = data.overlap;
     $("overlap-section").hidden = weights.length === 0;
     if (weights.length === 0) return;
     $("overlap-lead").textContent =
       `The part of its TSDs that a weight has in common in two models, averaged over the ${weights.length} weights ` +
-      `that all ${tuned.length} models changed. Random sets of the same size would share ${percent(mean(chance))}.`;
+      `that all ${tuned.length} models changed. Random sets of the same size would share ${percent(mean(chance))}, ` +
+      `those of two random changes ${percent(mean(random))}.`;
     const average = (a, b) => mean(shared.map((matrix) => matrix[a][b]));
     fill($("overlap"), ["Model", ...tuned.map((_, b) => letter(b))], tuned.map((name, a) => row(
       head(`${letter(a)}  ${name}`, "row"), ...tuned.map((_, b) => cell(a === b ? "–" : percent(average(a, b)))),
