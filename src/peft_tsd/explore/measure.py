@@ -142,7 +142,7 @@ def overlap(explorations: Sequence[Exploration]) -> Overlap:
         sets = [set(weight.directions.tolist()) for weight in weights]
         shared[i] = [[len(a & b) / len(a) for b in sets] for a in sets]
         chance[i] = len(sets[0]) / weights[0].k
-        random_change[i] = np.isin(*(found[name].directions for found in random)).mean()
+        random_change[i] = np.isin(random[0][name].directions, random[1][name].directions).mean()
     return Overlap(tuple(one.tuned for one in explorations), names, shared, chance, random_change)
 
 
