@@ -233,7 +233,7 @@ def page(truths: dict[int, Exploration], runs: dict[tuple[int, int], dict], args
             f"random change {chance['share']:.1%}; LoRA's last step predicts the true directions with a "
             f"precision of {np.mean([one.precision[-1].mean() for one in equal]):.2f}, a random change with "
             f"{np.mean([one.random_change.mean() for one in equal]):.2f} (8 and 8, mean over ranks and seeds). Each "
-            "verdict below is no more than its printed rule says; what a random change shows too is no sign of a task.",
+            "verdict below is no more than its rule says; what a random change shows too is no sign of a task.",
             "",
             "Change rates are small where σ is large by their very definition, so each figure stands beside that of a "
             "*random change*: a dense ΔW of independent Gaussian entries. What a random change shows as well is a "
@@ -327,7 +327,9 @@ def main() -> None:
     (folder / "findings.md").write_text(text, encoding="utf-8")
     first = args.seeds[0]
     rates_figure(representative(truths[first])).savefig(folder / "images" / "findings-rates.png", dpi=150)
-    curves = {f"rank {rank}": agreement(runs[first, rank]["rates"], truths[first]) for rank in args.ranks}
+    curves = {
+        f"rank {rank}": over_attention(agreement(runs[first, rank]["rates"], truths[first])) for rank in args.ranks
+    }
     agreement_figure(curves).savefig(folder / "images" / "findings-agreement.png", dpi=150)
     print(folder / "findings.md")
 

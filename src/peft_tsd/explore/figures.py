@@ -192,7 +192,7 @@ def agreement_figure(agreements: Mapping[str, Agreement]) -> Figure:
             axes.yaxis.set_major_formatter(_percent())
         precision.set_title("Precision: predicted directions that are true")
         recall.set_title("Recall: true directions that were predicted")
-        recall.legend(loc="lower right")
+        recall.legend(loc="best")
     return figure
 
 

@@ -151,8 +151,10 @@ def _span(numbers: list[int]) -> str:
 
 
 def _percent(shares: Any) -> str:
-    """The mean of shares (0 to 1) in percent: whole from 10 on, two digits below."""
+    """The mean of shares (0 to 1) in percent: whole from 10 on, two digits below; all of them is 100% alone."""
     percent = 100 * float(np.mean(shares))
+    if 99.5 <= percent < 100:
+        return "more than 99%"
     return f"{percent:.0f}%" if percent >= 9.95 or percent == 0 else f"{percent:.2g}%"
 
 
