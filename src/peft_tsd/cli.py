@@ -204,6 +204,7 @@ def _summary(result: Any) -> str:
     lines = [
         "",
         f"{score['metric']} of {score['questions']} unseen questions: {before}{score['after']:.3f}{majority}",
+        *_by_task(score),
         f"loss: {loss[0]['loss']:.3f} at step 1, {loss[-1]['loss']:.3f} at step {loss[-1]['step']}",
         f"trained: {metrics['trainable_parameters']:,} of {metrics['total_parameters']:,} parameters, "
         f"{metrics['seconds_per_step']:.2f} s a step",
@@ -234,6 +235,20 @@ def _summary(result: Any) -> str:
             f"  {_command()} train {shlex.quote(_near(folder.recipe))} method=lora output=OTHER   # the baseline",
         ]
     return "\n".join(lines).rstrip()
+
+
+def _by_task(score: dict[str, Any]) -> list[str]:
+    """A line a task of a suite, and what was left out."""
+    lines = []
+    for name, task in score.get("tasks", {}).items():
+        values = [
+            f"{metric} {task['before'][metric]:.3f} -> {value:.3f}" if "before" in task else f"{metric} {value:.3f}"
+            for metric, value in task["after"].items()
+        ]
+        lines.append(f"  {name:16} {task['questions']:6} questions   {', '.join(values)}")
+    if score.get("left_out"):
+        lines.append(f"  left out, no data: {', '.join(score['left_out'])}")
+    return lines
 
 
 def _command() -> str:

@@ -103,6 +103,9 @@ def load_model(source: Source, config: PretrainedConfig, auto_class: Any, dtype:
     import transformers
 
     options = dict(source.options)
+    if auto_class is transformers.AutoModelForSequenceClassification:
+        # A model that was fine-tuned on other labels has a head of another size; ours is new.
+        options["ignore_mismatched_sizes"] = True
     if "gguf_file" in options and hasattr(transformers, "GgufConfig"):
         # Where a kernel for packed weights is installed they would stay packed, and no layer could be adapted.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)

@@ -7,6 +7,7 @@ key is declared here; an unknown one, or a value of the wrong type, is refused.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
@@ -47,8 +48,12 @@ class Model(_Section):
         return _absolute_if_there(name)
 
 
+SUITES = ("commonsense", "math", "glue")
+"""Task families that bring their own data sets, rather than a recipe's `data.name` or `data.generator`."""
+
+
 class Data(_Section):
-    """Where questions and answers come from: a file or hub dataset (`name`), or a `generator`."""
+    """Where questions and answers come from: a file or hub dataset (`name`), a `generator`, or a suite's own sets."""
 
     name: str | None = None
     """A hub name, or a local .json, .jsonl, .csv, .tsv or .parquet file."""
@@ -65,23 +70,32 @@ class Data(_Section):
     """The column holding the answer."""
     train_size: int | None = Field(default=None, ge=1)
     """Rows to train on; all there are without it."""
-    test_size: int = Field(default=200, ge=1)
-    """Most rows to score on. None of them has a prompt that is trained on."""
+    test_size: int | None = Field(default=None, ge=1)
+    """Most rows to score on, 200 by default; in a suite the first rows of each task, by default all. None of them has
+    a prompt that is trained on."""
+    folder: str | None = None
+    """The folder of a suite's data sets, one folder a task; the hub's data sets without it."""
+    tasks: list[str] | None = None
+    """The tasks of a suite to score on; all there are without it."""
+    train_tasks: list[str] | None = None
+    """The tasks of a suite to train on; without it the folder's ready mixture, or all tasks there are."""
     seed: int | None = None
-    """Chooses generated or held-out rows; the recipe's `seed` without it."""
+    """Chooses generated, held-out or (`train_size` of a suite) training rows; the recipe's `seed` without it."""
 
-    @field_validator("name", "test_name")
+    @field_validator("name", "test_name", "folder")
     @classmethod
     def _absolute(cls, name: str | None) -> str | None:
         return name if name is None else _absolute_if_there(name)
 
     @model_validator(mode="after")
-    def _one_source(self) -> Data:
-        if (self.name is None) == (self.generator is None):
+    def _fits_source(self) -> Data:
+        if self.name is not None and self.generator is not None:
             raise ValueError(
                 f"data must have exactly one of name and generator; got name={self.name!r} and "
                 f"generator={self.generator!r}; set the other to null"
             )
+        if self.test_size is None and (self.name or self.generator):
+            self.test_size = 200
         if self.generator is not None:
             if self.train_size is None:
                 raise ValueError("data.train_size must say how many questions to generate; it is missing")
@@ -98,25 +112,53 @@ class Data(_Section):
         return self
 
 
+INSTRUCTION = """\
+Below is an instruction that describes a task. Write a response that appropriately completes the request.
+
+### Instruction:
+{instruction}
+
+### Response:
+"""
+"""Stanford Alpaca's prompt, for which LLM-Adapters' commonsense and math data were made."""
+
+
 class Task(_Section):
     """How a row becomes a prompt, and how an answer is scored."""
 
-    family: Literal["generate", "classify"]
-    """`generate`: a causal language model writes the answer. `classify`: the answer is one of a few labels."""
+    family: Literal["generate", "classify", "commonsense", "math", "glue"]
+    """`generate`: a causal language model writes the answer. `classify`: the answer is one of a few labels. The
+    others are suites: `commonsense` and `math` are written like `generate`, `glue` is one of its eight tasks."""
     prompt: str = "{question}"
-    """The text put before the model; `{column}` stands for a column of the data."""
+    """The text put before the model; `{column}` stands for a column of the data. Suites: Alpaca's instruction form."""
     chat: bool = False
-    """`generate`: wrap the prompt in the tokenizer's chat template."""
+    """Families that write: wrap the prompt in the tokenizer's chat template."""
+    scoring: Literal["generation", "likelihood"] = "generation"
+    """`commonsense`: read the answer from what the model writes, or take the option it finds most likely."""
     max_length: int = Field(default=512, ge=8)
     """Tokens a row; a longer prompt loses its beginning."""
     max_new_tokens: int = Field(default=16, ge=1)
-    """`generate`: tokens of an answer."""
+    """Families that write: tokens of an answer, 32 by default for `commonsense` and 256 for `math`."""
     labels: list[str] | None = None
     """`classify`: the labels in order; the sorted answers of the training rows without it."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_family(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        length = {"commonsense": 32, "math": 256}.get(str(given.get("family")))
+        return given if length is None else {"prompt": INSTRUCTION, "max_new_tokens": length, **given}
+
     @model_validator(mode="after")
     def _fits_family(self) -> Task:
-        foreign = {"generate": {"labels"}, "classify": {"chat", "max_new_tokens"}}[self.family]
+        foreign = {
+            "generate": {"labels", "scoring"},
+            "classify": {"chat", "max_new_tokens", "scoring"},
+            "commonsense": {"labels"},
+            "math": {"labels", "scoring"},
+            "glue": {"prompt", "chat", "max_new_tokens", "labels", "scoring"},
+        }[self.family]
         for key in foreign & self.model_fields_set:
             # A resolved recipe spells out every default; only a value that asks for something is a mistake.
             if getattr(self, key) != Task.model_fields[key].default:
@@ -172,7 +214,22 @@ class Optimizer(_Section):
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     schedule: str = "linear"
     warmup_steps: int = Field(default=0, ge=0)
+    warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
+    """Instead of `warmup_steps`: their share of the run, rounded up."""
     max_grad_norm: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> Optimizer:
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError(
+                f"optimizer must have at most one of warmup_steps and warmup_ratio; got {self.warmup_steps!r} and "
+                f"{self.warmup_ratio!r}; set the other to 0"
+            )
+        return self
+
+    def warmup(self, steps: int) -> int:
+        """Warm-up steps of a run of `steps`."""
+        return self.warmup_steps or math.ceil(self.warmup_ratio * steps)
 
 
 class Training(_Section):
@@ -220,7 +277,7 @@ class Recipe(_Section):
 
     description: str = ""
     model: Model
-    data: Data
+    data: Data = Data()
     task: Task
     method: Literal["lora-tsd", "lora-dash", "lora-init", "lora"] = "lora-tsd"
     adapter: Adapter = Adapter()
@@ -238,6 +295,34 @@ class Recipe(_Section):
     @classmethod
     def _absolute(cls, output: str) -> str:
         return str(Path(output).expanduser().absolute())
+
+    @model_validator(mode="after")
+    def _data_fit_the_family(self) -> Recipe:
+        data, family = self.data, self.task.family
+        if family not in SUITES and data.name is None and data.generator is None:
+            raise ValueError(
+                "data must have exactly one of name and generator; got name=None and generator=None; give "
+                "data.name=FILE or data.generator=NAME"
+            )
+        foreign = {"folder", "tasks", "train_tasks"}
+        if family in SUITES:
+            foreign = {"name", "subset", "split", "test_name", "test_split", "generator", "parameters", "answer"}
+        for key in sorted(foreign):
+            if getattr(data, key) != Data.model_fields[key].default:
+                raise ValueError(
+                    f"data.{key}={getattr(data, key)!r} has no meaning for task.family={family}; remove it"
+                )
+        for key in ("tasks", "train_tasks"):
+            if getattr(data, key) == []:
+                raise ValueError(f"data.{key}=[] names no task; name one, or remove it for all there are")
+        if family == "math" and data.folder is None:
+            raise ValueError("task.family=math reads its data sets from a folder; give data.folder=FOLDER")
+        if family == "glue" and (data.train_tasks is not None or len(data.tasks or ()) != 1):
+            raise ValueError(
+                f"task.family=glue trains and scores one of GLUE's tasks; got data.tasks={data.tasks!r} and "
+                f"data.train_tasks={data.train_tasks!r}; give for example data.tasks=[rte] alone"
+            )
+        return self
 
     @model_validator(mode="after")
     def _steps_reach_the_transition(self) -> Recipe:

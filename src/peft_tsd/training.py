@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -39,10 +39,10 @@ from .export import export_lora
 from .folders import write_folder
 from .loading import check_target_modules, load_config, load_model, load_skeleton, load_tokenizer, locate
 from .model import PrelaunchWarning
-from .recipe import Recipe, RecipeError, did_you_mean
+from .recipe import SUITES, Recipe, RecipeError, did_you_mean
 from .run_folder import RunFolder, find_run
 from .schedule import TransitionError, TsdCallback
-from .tasks import Classification, Example, Generation, load_examples, make_task
+from .tasks import Classification, Family, Material, load_task
 
 log = logging.getLogger("peft_tsd")
 
@@ -103,13 +103,14 @@ def evaluate(
         message = " ".join(str(error).split())[:400]
         raise RecipeError(f"{str(adapter)!r} does not load onto {job.recipe.model.name!r}: {message}") from None
     started = time.perf_counter()
-    score = job.score(model.to(_device()), "scoring")
+    scores = job.scores(model.to(_device()), "scoring")
     return {
         "adapter": str(adapter),
         "model": job.recipe.model.name,
         "metric": job.task.metric,
-        "score": score,
-        "questions": len(job.test),
+        "score": job.average(scores),
+        "questions": job.material.questions,
+        **({"tasks": scores, "left_out": job.material.left_out} if job.is_suite else {}),
         "seconds": round(time.perf_counter() - started, 2),
     }
 
@@ -118,25 +119,39 @@ class _Job(NamedTuple):
     """A recipe that was found possible, and what was learned on the way."""
 
     recipe: Recipe
-    task: Generation | Classification
-    train: list[Example]
-    test: list[Example]
+    task: Family
+    material: Material
     rows: list[dict[str, Any]]
-    """`train` as tokens; empty where nothing will be trained."""
+    """The training examples as tokens; empty where nothing will be trained."""
     tokenizer: Any
     adapter_config: LoraConfig
     steps: int
     load_base: Callable[[], Any]
 
-    def score(self, model: Any, title: str, on_batch: Callable[[], None] = lambda: None) -> float:
+    @property
+    def is_suite(self) -> bool:
+        return self.recipe.task.family in SUITES
+
+    def scores(
+        self, model: Any, title: str, on_batch: Callable[[], None] = lambda: None
+    ) -> dict[str, dict[str, float]]:
+        """Every metric of every task."""
         model.eval()
-        with tqdm(total=len(self.test), desc=title, unit="question") as bar:
+        found = {}
+        with tqdm(total=self.material.questions, desc=title, unit="question") as bar:
 
             def done(questions: int) -> None:
                 bar.update(questions)
                 on_batch()
 
-            return self.task.score(model, self.tokenizer, self.test, self.recipe.evaluation.batch_size, done)
+            for name, examples in self.material.tests.items():
+                batch_size = self.recipe.evaluation.batch_size
+                found[name] = self.task.score(model, self.tokenizer, examples, batch_size, done)
+        return found
+
+    def average(self, scores: dict[str, dict[str, float]]) -> float:
+        """The mean over tasks of the metric that counts."""
+        return sum(metrics[self.task.metric] for metrics in scores.values()) / len(scores)
 
 
 def _prepare(recipe: Recipe, *, to_train: bool = True) -> _Job:
@@ -147,19 +162,18 @@ def _prepare(recipe: Recipe, *, to_train: bool = True) -> _Job:
     _check_choice("optimizer.name", recipe.optimizer.name, [name.value for name in OptimizerNames])
     _check_choice("optimizer.schedule", recipe.optimizer.schedule, [name.value for name in SchedulerType])
     source = locate(recipe.model)
-    train, test = load_examples(recipe.data, recipe.task.prompt, recipe.data_seed)
-    task = make_task(recipe.task, train)
+    task, material = load_task(recipe)
     if isinstance(task, Classification):
         resolved = recipe.task.model_copy(update={"labels": task.labels})
         recipe = recipe.model_copy(update={"task": resolved})
     if to_train and recipe.resume:
         folder.check_resumable(recipe)
-    steps = recipe.training.total_steps(len(train))
+    steps = recipe.training.total_steps(len(material.train))
     recipe.check_steps(steps)
 
     config = load_config(source, **task.config_fields)
     tokenizer = load_tokenizer(source)
-    rows = task.encode(train, tokenizer) if to_train else []
+    rows = task.encode(material.train, tokenizer) if to_train else []
     if config.get_text_config().pad_token_id is None:
         config.get_text_config().pad_token_id = tokenizer.pad_token_id
     skeleton = load_skeleton(config, task.auto_class, trust_remote_code=recipe.model.trust_remote_code)
@@ -182,14 +196,18 @@ def _prepare(recipe: Recipe, *, to_train: bool = True) -> _Job:
 
     # PEFT wrote the skeleton's module names into the first config.
     adapter_config = _adapter_config(recipe, task.peft_task_type)
-    return _Job(recipe, task, train, test, rows, tokenizer, adapter_config, steps, load_base)
+    return _Job(recipe, task, material, rows, tokenizer, adapter_config, steps, load_base)
 
 
 def _run(job: _Job, stop: _Stop) -> Result:
     recipe, folder = job.recipe, RunFolder(job.recipe.output)
     facts = _facts(job)
     if not recipe.resume:
-        metrics = {"status": "running", **facts, "score": {"metric": job.task.metric, "questions": len(job.test)}}
+        score: dict[str, Any] = {"metric": job.task.metric, "questions": job.material.questions}
+        if job.is_suite:
+            score["tasks"] = {name: {"questions": len(rows)} for name, rows in job.material.tests.items()}
+            score["left_out"] = job.material.left_out
+        metrics = {"status": "running", **facts, "score": score}
         folder.create(recipe, metrics)
     else:
         metrics = folder.read_metrics()
@@ -202,16 +220,18 @@ def _run(job: _Job, stop: _Stop) -> Result:
             return Result(folder, metrics, None)
     with _logging_to(folder.log):
         log.info("%s %s", "continuing" if recipe.resume else "beginning", folder.path)
+        for note in job.material.notes:
+            log.info(note)
         started = time.perf_counter()
         base = job.load_base()
         log.info("loaded %s in %.0f s", recipe.model.name, time.perf_counter() - started)
         stop.check()
 
         if isinstance(job.task, Classification):
-            metrics["score"]["majority"] = job.task.majority(job.test)
+            metrics["score"]["majority"] = job.task.majority(job.material.tests["test"])
         if recipe.evaluation.before and "before" not in metrics["score"]:
-            metrics["score"]["before"] = job.score(base.to(_device()), "scoring before training", stop.check)
-            log.info("%s before training: %.4f", job.task.metric, metrics["score"]["before"])
+            scores = job.scores(base.to(_device()), "scoring before training", stop.check)
+            _record_scores(metrics["score"], job, scores, "before")
             folder.write_metrics(metrics)
 
         model, progress = _trained(job, base, folder, stop)
@@ -221,8 +241,7 @@ def _run(job: _Job, stop: _Stop) -> Result:
         if recipe.method != "lora" and not folder.adapter_lora.exists():
             log.info("exported %s", export_lora(model, folder.adapter_lora))
 
-        metrics["score"]["after"] = job.score(model, "scoring after training", stop.check)
-        log.info("%s after training: %.4f", job.task.metric, metrics["score"]["after"])
+        _record_scores(metrics["score"], job, job.scores(model, "scoring after training", stop.check), "after")
         trainable, total = model.get_nb_trainable_parameters()
         steps_timed = max(1, progress["steps_timed"])
         metrics |= {
@@ -238,6 +257,18 @@ def _run(job: _Job, stop: _Stop) -> Result:
         folder.write_metrics(metrics)
         log.info("finished")
     return Result(folder, metrics, model)
+
+
+def _record_scores(
+    record: dict[str, Any], job: _Job, scores: dict[str, dict[str, float]], when: Literal["before", "after"]
+) -> None:
+    record[when] = job.average(scores)
+    if job.is_suite:
+        for name, metrics in scores.items():
+            record["tasks"][name][when] = metrics
+            listed = ", ".join(f"{metric} {value:.4f}" for metric, value in metrics.items())
+            log.info("%s %s training: %s", name, when, listed)
+    log.info("%s %s training: %.4f", job.task.metric, when, record[when])
 
 
 def _trained(job: _Job, base: Any, folder: RunFolder, stop: _Stop) -> tuple[PeftModel, dict[str, Any]]:
@@ -360,7 +391,7 @@ def _training_arguments(recipe: Recipe, steps: int, folder: RunFolder) -> Traini
         learning_rate=recipe.optimizer.learning_rate,
         weight_decay=recipe.optimizer.weight_decay,
         lr_scheduler_type=recipe.optimizer.schedule,
-        warmup_steps=recipe.optimizer.warmup_steps,
+        warmup_steps=recipe.optimizer.warmup(steps),
         max_grad_norm=recipe.optimizer.max_grad_norm,
         save_steps=recipe.training.save_every,
         save_total_limit=recipe.training.keep_checkpoints,
@@ -408,13 +439,18 @@ def _check_disk(recipe: Recipe, folder: RunFolder, adapted: PeftModel, steps: in
 
 def _facts(job: _Job) -> dict[str, Any]:
     """What a run is, for whoever reads its metrics later."""
-    content = json.dumps([job.train, job.test]).encode()
+    material = job.material
+    content = json.dumps([material.train, material.tests if job.is_suite else material.tests["test"]]).encode()
     packages = ("peft-tsd", "torch", "transformers", "peft", "accelerate")
     return {
         "model": job.recipe.model.name,
         "method": job.recipe.method,
         "seed": job.recipe.seed,
-        "data": {"train": len(job.train), "test": len(job.test), "sha256": hashlib.sha256(content).hexdigest()},
+        "data": {
+            "train": len(material.train),
+            "test": material.questions,
+            "sha256": hashlib.sha256(content).hexdigest(),
+        },
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "machine": {
             "platform": platform.platform(),
@@ -485,7 +521,8 @@ def _logging_to(path: Path) -> Iterator[None]:
     names = ("peft_tsd", "transformers", "peft", "py.warnings")
     for name in names:
         logging.getLogger(name).addHandler(handler)
-    level, log.level = log.level, logging.INFO
+    level = log.level
+    log.setLevel(logging.INFO)
     try:
         yield
     except (Interrupted, KeyboardInterrupt):

@@ -1,24 +1,44 @@
 """Tasks: from data to prompts to a metric.
 
-`sources` turns files, hub datasets and generators into examples. A task family knows the rest: how an example
-becomes a row of tokens, how rows become a batch, and how a model is scored. `generation` and `classification` have
-the same verbs.
+A recipe's own data come from `sources`: files, hub datasets and generators become examples. The suites, which bring
+their data sets with them, are `commonsense` and `math_problems` (both in the form of `instructions`) and `glue`.
+
+A task family knows how an example becomes a row of tokens, how rows become a batch, and how a model is scored:
+`generation`, `classification` and `glue` have the same verbs. `decoding` writes answers, `likelihood` picks them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from ..recipe import Task
+from ..recipe import Recipe
 from .classification import Classification
+from .commonsense import COMMONSENSE
 from .generation import Generation
+from .glue import Glue, glue_task, load_glue
+from .instructions import load_suite
+from .material import Material
+from .math_problems import MATH
 from .sources import Example, load_examples
 
-__all__ = ["Classification", "Example", "Generation", "load_examples", "make_task"]
+__all__ = ["Classification", "Example", "Family", "Generation", "Glue", "Material", "load_examples", "load_task"]
+
+Family = Generation | Classification | Glue
 
 
-def make_task(task: Task, train: Sequence[Example]) -> Generation | Classification:
-    """The task a recipe describes; `train` gives a classifier its labels where the recipe does not."""
+def load_task(recipe: Recipe) -> tuple[Family, Material]:
+    """The task a recipe describes, and its examples.
+
+    Raises:
+        RecipeError: Data are missing, or cannot be read.
+    """
+    task, data = recipe.task, recipe.data
+    if task.family == "glue":
+        return Glue(task, glue_task(data)), load_glue(data)
+    for suite in (COMMONSENSE, MATH):
+        if task.family == suite.name:
+            return Generation(task, suite.reading), load_suite(suite, data, task.prompt, recipe.data_seed)
+    train, test = load_examples(data, task.prompt, recipe.data_seed)
+    material = Material(train, {"test": test}, [], [])
     if task.family == "generate":
-        return Generation(task)
-    return Classification(task, train)
+        return Generation(task), material
+    # The training rows give a classifier its labels where the recipe does not.
+    return Classification(task, train), material

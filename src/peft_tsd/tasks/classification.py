@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..recipe import RecipeError, Task
 from .sources import Example
@@ -75,7 +76,6 @@ class Classification:
         pad = DataCollatorWithPadding(tokenizer)
         return lambda rows: dict(pad(list(rows)))
 
-    @torch.inference_mode()
     def score(
         self,
         model: Any,
@@ -83,23 +83,38 @@ class Classification:
         examples: Sequence[Example],
         batch_size: int,
         on_batch: Callable[[int], None] = lambda done: None,
-    ) -> float:
+    ) -> dict[str, float]:
         """Share of `examples` whose label the model gives the highest score; an unknown label counts as wrong."""
         encoded = tokenizer(
             [example.prompt for example in examples], truncation=True, max_length=self._task.max_length
         )
-        order = sorted(range(len(examples)), key=lambda i: -len(encoded["input_ids"][i]))
-        right = 0
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            rows = {key: [encoded[key][i] for i in chosen] for key in ("input_ids", "attention_mask")}
-            inputs = tokenizer.pad(rows, return_tensors="pt").to(model.device)
-            guesses = model(**inputs).logits.argmax(-1).tolist()
-            right += sum(self.labels[g] == examples[i].answer for i, g in zip(chosen, guesses, strict=True))
-            on_batch(len(chosen))
-        return right / len(examples)
+        guesses = logits(model, tokenizer, encoded, batch_size, on_batch).argmax(-1).tolist()
+        right = sum(self.labels[g] == example.answer for g, example in zip(guesses, examples, strict=True))
+        return {self.metric: right / len(examples)}
 
     @staticmethod
     def majority(examples: Sequence[Example]) -> float:
         """What answering always the most frequent label would score."""
         return Counter(example.answer for example in examples).most_common(1)[0][1] / len(examples)
+
+
+@torch.inference_mode()
+def logits(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Any,
+    batch_size: int,
+    on_batch: Callable[[int], None] = lambda done: None,
+) -> Tensor:
+    """A classifier's outputs for texts that `tokenizer` encoded, shape (texts, labels), float32, on the CPU."""
+    count = len(encoded["input_ids"])
+    order = sorted(range(count), key=lambda i: -len(encoded["input_ids"][i]))
+    found: list[Tensor] = []
+    for start in range(0, count, batch_size):
+        chosen = order[start : start + batch_size]
+        rows = {key: [encoded[key][i] for i in chosen] for key in encoded}
+        inputs = tokenizer.pad(rows, return_tensors="pt").to(model.device)
+        found.append(model(**inputs).logits.float().cpu())
+        on_batch(len(chosen))
+    sorted_logits = torch.cat(found)
+    return torch.empty_like(sorted_logits).index_copy_(0, torch.tensor(order), sorted_logits)

@@ -1,15 +1,16 @@
-"""Questions that a causal language model answers in writing, scored by exact match."""
+"""Questions that a causal language model answers in writing."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from ..recipe import RecipeError, Task
+from .decoding import pad_left, positions, write
+from .likelihood import most_likely
 from .sources import Example
 
 if TYPE_CHECKING:
@@ -21,14 +22,31 @@ IGNORED = -100
 Batch = dict[str, Any]
 
 
+class Reading(NamedTuple):
+    """How what a model wrote becomes a right or a wrong answer."""
+
+    metric: str
+    right: Callable[[Example, str], bool]
+    """Whether the text written after an example's prompt gives its answer."""
+    complete: Callable[[Example, str], bool] | None = None
+    """Whether no continuation of that text can change `right`; writing stops there."""
+    options: Callable[[Example], Sequence[tuple[str, str]]] | None = None
+    """The texts that would answer an example, each with the answer it gives; for `task.scoring=likelihood`."""
+
+
+EXACT_MATCH = Reading("exact_match", lambda example, text: normalize(text) == normalize(example.answer))
+"""Right is the answer and nothing else, after `normalize`."""
+
+
 class Generation:
     """A prompt is followed by the answer and the end token; the loss is taken on these two alone."""
 
-    metric = "exact_match"
     peft_task_type = "CAUSAL_LM"
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, reading: Reading = EXACT_MATCH) -> None:
         self._task = task
+        self._reading = reading
+        self.metric = reading.metric
 
     @property
     def auto_class(self) -> Any:
@@ -45,9 +63,7 @@ class Generation:
         end = tokenizer.eos_token_id
         if end is None:
             raise RecipeError("the tokenizer has no end token, so an answer would never end; give another model")
-        # After a plain prompt the answer goes on with the same text, after a space; after a chat's header it begins.
-        space = "" if self._task.chat else " "
-        answers = tokenizer([space + example.answer for example in examples], add_special_tokens=False)["input_ids"]
+        answers = tokenizer([self._continued(e, e.answer) for e in examples], add_special_tokens=False)["input_ids"]
         rows = []
         for example, prompt, ids in zip(examples, self._prompts(examples, tokenizer), answers, strict=True):
             answer = [*ids, end]
@@ -91,33 +107,48 @@ class Generation:
         examples: Sequence[Example],
         batch_size: int,
         on_batch: Callable[[int], None] = lambda done: None,
-    ) -> float:
-        """Share of `examples` that greedy generation answers exactly, after `normalize`."""
-        from transformers import GenerationConfig
-
-        generation = GenerationConfig(
-            max_new_tokens=self._task.max_new_tokens,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=_end_tokens(model, tokenizer),
-        )
+    ) -> dict[str, float]:
+        """Share of `examples` answered right: by what is written greedily, or by the most likely option."""
         prompts = [ids[-self._task.max_length :] for ids in self._prompts(examples, tokenizer)]
-        right = 0
-        # Longest first: rows of a batch have nearly one length, and a batch too large for memory fails at once.
-        order = sorted(range(len(examples)), key=lambda i: -len(prompts[i]))
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = pad_left([prompts[i] for i in chosen], tokenizer.pad_token_id).items()
-            inputs = {key: value.to(model.device) for key, value in batch}
-            output = model.generate(**inputs, generation_config=generation)
-            new_tokens = output[:, inputs["input_ids"].shape[1] :]
-            texts = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
-            right += sum(
-                normalize(text) == normalize(examples[i].answer) for i, text in zip(chosen, texts, strict=True)
+        if self._task.scoring == "likelihood":
+            right = self._score_options(model, tokenizer, examples, prompts, batch_size, on_batch)
+        else:
+            complete = self._reading.complete
+            texts = write(
+                model,
+                tokenizer,
+                prompts,
+                max_new_tokens=self._task.max_new_tokens,
+                batch_size=batch_size,
+                complete=None if complete is None else lambda i, text: complete(examples[i], text),
+                on_batch=on_batch,
             )
-            on_batch(len(chosen))
-        return right / len(examples)
+            right = sum(self._reading.right(example, text) for example, text in zip(examples, texts, strict=True))
+        return {self.metric: right / len(examples)}
+
+    def _score_options(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Sequence[Example],
+        prompts: Sequence[list[int]],
+        batch_size: int,
+        on_batch: Callable[[int], None],
+    ) -> int:
+        assert self._reading.options is not None
+        options = [self._reading.options(example) for example in examples]
+        tokens = [
+            tokenizer([self._continued(example, text) for text, _ in texts], add_special_tokens=False)["input_ids"]
+            for example, texts in zip(examples, options, strict=True)
+        ]
+        chosen = most_likely(model, prompts, tokens, tokenizer.pad_token_id, batch_size, on_batch)
+        return sum(
+            texts[best][1] == example.answer for example, texts, best in zip(examples, options, chosen, strict=True)
+        )
+
+    def _continued(self, example: Example, text: str) -> str:
+        """`text` as it stands after the prompt: after a space, unless a chat's header or white space comes before."""
+        return text if self._task.chat or example.prompt[-1:].isspace() else f" {text}"
 
     def _prompts(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         texts = [example.prompt for example in examples]
@@ -145,26 +176,3 @@ def normalize(text: str) -> str:
     bare = text.lstrip("\"'`* ").rstrip("\"'`*.,;:!? ")
     # An answer may be a punctuation mark.
     return bare or text
-
-
-def pad_left(rows: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask`, shape (rows, longest)."""
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), pad)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = torch.tensor(row)
-        mask[i, width - len(row) :] = 1
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def positions(mask: Tensor) -> Tensor:
-    """Position of every token in its own text, so that padding does not move it; 0 on the padding."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
-
-
-def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokenizer's end token and those the model was released with."""
-    of_model = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends = of_model if isinstance(of_model, list) else [of_model]
-    return sorted({end for end in (*ends, tokenizer.eos_token_id) if isinstance(end, int)})

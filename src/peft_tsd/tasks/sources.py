@@ -6,7 +6,7 @@ import csv
 import json
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
@@ -52,6 +52,7 @@ def load_examples(data: Data, prompt: str, seed: int) -> tuple[list[Example], li
 def _generated(data: Data, prompt: str, seed: int) -> tuple[list[Example], list[Example]]:
     assert data.generator is not None
     assert data.train_size is not None
+    assert data.test_size is not None
     # A generator's item i depends on seed + i, so neighbouring seeds would share items; these lie far apart.
     train_seed, test_seed = (random.Random(f"{seed} {part}").getrandbits(31) for part in ("train", "test"))
     train_rows = _generator(data, train_seed, data.train_size)
@@ -99,14 +100,24 @@ def _unseen(examples: Iterable[Example], seen: set[str]) -> Iterator[Example]:
             yield example
 
 
-def _example(row: Row, prompt: str, answer: str) -> Example:
-    def column(name: str) -> str:
-        if name not in row:
-            raise RecipeError(f"the data has no column {name!r}{did_you_mean(name, map(str, row))}")
-        return str(row[name])
+def fill_prompt(prompt: str, row: Row) -> str:
+    """`prompt` with every `{column}` replaced by the row's.
 
-    text = re.sub(r"\{(\w+)\}", lambda match: column(match[1]), prompt)
-    expected = column(answer).strip()
+    Raises:
+        RecipeError: The row has no such column.
+    """
+    return re.sub(r"\{(\w+)\}", lambda match: _column(row, match[1]), prompt)
+
+
+def _column(row: Row, name: str) -> str:
+    if name not in row:
+        raise RecipeError(f"the data has no column {name!r}{did_you_mean(name, map(str, row))}")
+    return str(row[name])
+
+
+def _example(row: Row, prompt: str, answer: str) -> Example:
+    text = fill_prompt(prompt, row)
+    expected = _column(row, answer).strip()
     if row[answer] is None or not expected:
         raise RecipeError(
             f"column {answer!r} holds {row[answer]!r} for {text[:60]!r}...; every row needs one right answer"
@@ -117,24 +128,29 @@ def _example(row: Row, prompt: str, answer: str) -> Example:
 def _stored(data: Data, seed: int) -> tuple[list[Row], list[Row]]:
     """Training and test rows of a file or hub dataset, at most `train_size` of the former."""
     assert data.name is not None
-    rows = _read(data.name, data.subset, data.split)
+    rows = read_rows(data.name, data.subset, data.split)
     if data.test_name is not None:
-        test_rows = _read(data.test_name, None, "train")
+        test_rows = read_rows(data.test_name, None, "train")
     elif data.test_split is not None:
-        test_rows = _read(data.name, data.subset, data.test_split)
+        test_rows = read_rows(data.name, data.subset, data.test_split)
     else:
         random.Random(seed).shuffle(rows)
         test_rows, rows = rows[: data.test_size], rows[data.test_size :]
     return rows[: data.train_size], test_rows
 
 
-def _read(name: str, subset: str | None, split: str) -> list[Row]:
+def read_rows(name: str, subset: str | None = None, split: str = "train") -> list[Row]:
+    """The rows of a local file (by its ending), or of a split of a hub dataset.
+
+    Raises:
+        RecipeError: It is not there, or cannot be read.
+    """
     path = Path(name).expanduser()
     reader = _READERS.get(path.suffix.lower())
     if path.is_file() and reader is None:
         raise RecipeError(f"data: cannot read {name!r}; known kinds are {', '.join(_READERS)}")
     if reader is None:
-        return _read_hub(name, subset, split)
+        return read_hub(name, subset, split)
     if not path.is_file():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise RecipeError(f"data: no file {name!r}{did_you_mean(path.name, siblings, listing=False)}")
@@ -170,9 +186,22 @@ def _read_csv(path: Path) -> Iterable[Row]:
         yield from csv.DictReader(lines)
 
 
-def _read_tsv(path: Path) -> Iterable[Row]:
+def _read_tsv(path: Path, header: Sequence[str] | None = None) -> Iterable[Row]:
     with path.open(encoding="utf-8", newline="") as lines:
-        yield from csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+        # Quotes are part of the text.
+        yield from csv.DictReader(lines, header, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def read_table(path: Path, header: Sequence[str] | None = None) -> list[Row]:
+    """The rows of a .tsv file; `header` has the columns where its first line does not.
+
+    Raises:
+        RecipeError: It cannot be read.
+    """
+    try:
+        return list(_read_tsv(path, header))
+    except (ValueError, OSError, csv.Error) as error:
+        raise RecipeError(f"data: cannot read {str(path)!r}: {' '.join(str(error).split())}") from None
 
 
 def _read_parquet(path: Path) -> Iterable[Row]:
@@ -184,7 +213,7 @@ def _read_parquet(path: Path) -> Iterable[Row]:
     return rows
 
 
-_READERS = {
+_READERS: dict[str, Callable[[Path], Iterable[Row]]] = {
     ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".csv": _read_csv,
@@ -193,12 +222,17 @@ _READERS = {
 }
 
 
-def _read_hub(name: str, subset: str | None, split: str) -> list[Row]:
+def read_hub(name: str, subset: str | None, split: str, revision: str | None = None) -> list[Row]:
+    """The rows of a split of a hub dataset.
+
+    Raises:
+        RecipeError: It cannot be loaded.
+    """
     try:
         from datasets import load_dataset
     except ModuleNotFoundError:
         raise RecipeError(f"data.name={name!r} needs the package datasets: pip install 'peft-tsd[train]'") from None
     try:
-        return list(load_dataset(name, subset, split=split))
+        return list(load_dataset(name, subset, split=split, revision=revision))
     except (OSError, ValueError, RuntimeError) as error:
         raise RecipeError(f"cannot load the dataset {name!r}: {' '.join(str(error).split())[:400]}") from None

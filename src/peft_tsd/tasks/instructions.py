@@ -1,0 +1,156 @@
+"""Data sets in the form of LLM-Adapters: rows of an instruction, an input, an output and an answer.
+
+    {"instruction": "...", "input": "", "output": "the correct answer is answer2", "answer": "answer2"}
+
+A model is trained to write `output`, and scored on whether what it writes gives `answer`. In a folder they are
+`TASK/train.json` and `TASK/test.json`, and `train.json` beside the tasks where a mixture was prepared. The form, the
+folders' names and the prompt (`recipe.INSTRUCTION`) are those of Hu et al., "LLM-Adapters" (arXiv 2304.01933), whose
+commonsense and math data the literature on adapters compares on.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from ..recipe import Data, RecipeError, did_you_mean
+from .generation import Reading
+from .material import Material, apart
+from .sources import Example, Row, fill_prompt, read_hub, read_rows
+
+
+class HubTask(NamedTuple):
+    """Where a task lies on the hub, and how its rows get the form above."""
+
+    name: str
+    subset: str | None
+    test_split: str
+    """The split LLM-Adapters scores on: where a test split has no public answers, the validation split."""
+    convert: Callable[[Row], Row]
+    revision: str | None = None
+
+
+class Suite(NamedTuple):
+    """Tasks of one kind that are trained on together."""
+
+    name: str
+    tasks: dict[str, HubTask | None]
+    """By their folders' names, in the order of the literature's tables; None for what is read from a folder alone."""
+    reading: Reading
+
+
+def load_suite(suite: Suite, data: Data, prompt: str, seed: int) -> Material:
+    """Read a suite's rows from `data.folder` or the hub.
+
+    Args:
+        suite: What there is.
+        data: What the recipe says.
+        prompt: Template of the prompt; `{instruction}` stands for the row's instruction, with its input if it has one.
+        seed: Shuffles the training rows, so that `data.train_size` of them are of every task.
+
+    Raises:
+        RecipeError: The folder or every task's file in it is missing, or a row cannot be read.
+    """
+    for key in ("tasks", "train_tasks"):
+        for task in getattr(data, key) or ():
+            if task not in suite.tasks:
+                raise RecipeError(
+                    f"data.{key} names {task!r}, no task of {suite.name}{did_you_mean(task, suite.tasks)}"
+                )
+    missing: list[str] = []
+    notes: list[str] = []
+    if data.folder is None:
+        given = f"task.family={suite.name}"
+        tests = {task: _from_hub(suite, task, test=True) for task in data.tasks or suite.tasks}
+        train = [row for task in data.train_tasks or suite.tasks for row in _from_hub(suite, task, test=False)]
+    else:
+        given = f"data.folder={data.folder!r}"
+        tests, missing = _tests_in(Path(data.folder), suite, data.tasks, notes)
+        train = _train_in(Path(data.folder), suite, data.train_tasks, notes)
+    material = apart(
+        [_example(row, prompt, "output") for row in train],
+        {task: [_example(row, prompt, "answer") for row in rows] for task, rows in tests.items()},
+        missing,
+        data.test_size,
+        given,
+    )
+    random.Random(seed).shuffle(material.train)
+    return material._replace(train=material.train[: data.train_size], notes=[*notes, *material.notes])
+
+
+def _tests_in(
+    folder: Path, suite: Suite, chosen: list[str] | None, notes: list[str]
+) -> tuple[dict[str, list[Row]], list[str]]:
+    """Test rows by task, and the tasks that have none."""
+    if not folder.is_dir():
+        siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        hint = did_you_mean(folder.name, siblings, listing=False)
+        raise RecipeError(f"data.folder={str(folder)!r} is no folder{hint}")
+    files = {task: folder / task / "test.json" for task in chosen or suite.tasks}
+    missing = [task for task, path in files.items() if not path.is_file()]
+    if len(missing) == len(files):
+        raise RecipeError(
+            f"data.folder={str(folder)!r} has no TASK/test.json for any TASK of {', '.join(files)}; "
+            f"give the folder that holds {suite.name}'s data sets in the form of LLM-Adapters"
+        )
+    return {task: _read(path, "answer", notes) for task, path in files.items() if task not in missing}, missing
+
+
+def _train_in(folder: Path, suite: Suite, chosen: list[str] | None, notes: list[str]) -> list[Row]:
+    """The prepared mixture, or the training rows of the tasks that have some."""
+    mixture = folder / "train.json"
+    if chosen is None and mixture.is_file():
+        return _read(mixture, "output", notes)
+    files = {task: folder / task / "train.json" for task in chosen or suite.tasks}
+    missing = [task for task, path in files.items() if not path.is_file()]
+    if len(missing) == len(files) or (chosen and missing):
+        raise RecipeError(
+            f"data.folder={str(folder)!r} has no {missing[0]}/train.json to train on"
+            + (f", nor any other of {', '.join(files)}" if len(files) > 1 and len(missing) == len(files) else "")
+            + "; name tasks that have one in data.train_tasks, or add it"
+        )
+    if missing:
+        notes.append(f"no data to train on: {', '.join(missing)}")
+    return [row for task, path in files.items() if task not in missing for row in _read(path, "output", notes)]
+
+
+def _read(path: Path, needed: str, notes: list[str]) -> list[Row]:
+    rows = read_rows(str(path))
+    if not rows:
+        raise RecipeError(f"data: {str(path)!r} has no rows; remove the file, or fill it")
+    for number, row in enumerate(rows, 1):
+        for column in ("instruction", needed):
+            if not isinstance(row.get(column), str):
+                was = f"is {row[column]!r}, not a text" if column in row else "is missing" + did_you_mean(column, row)
+                raise RecipeError(f"data: {column!r} of row {number} of {str(path)!r} {was}")
+    # LLM-Adapters' math mixture has some that nothing can be learned from.
+    whole = [row for row in rows if row["instruction"].strip() and row[needed].strip()]
+    if len(whole) < len(rows):
+        notes.append(f"left out {len(rows) - len(whole)} of {len(rows)} rows of {path}: they are empty")
+    if not whole:
+        raise RecipeError(f"data: every row of {str(path)!r} has an empty 'instruction' or {needed!r}")
+    return whole
+
+
+def _from_hub(suite: Suite, task: str, *, test: bool) -> list[Row]:
+    where = suite.tasks[task]
+    assert where is not None  # a recipe of such a suite without data.folder is refused
+    split = where.test_split if test else "train"
+    try:
+        return [where.convert(row) for row in read_hub(where.name, where.subset, split, where.revision)]
+    except (KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError(
+            f"a row of the dataset {where.name!r} has not the columns it used to have "
+            f"({type(error).__name__}: {error}); give data.folder, or data.tasks and data.train_tasks without {task!r}"
+        ) from None
+
+
+def _example(row: Row, prompt: str, answer: str) -> Example:
+    instruction = row["instruction"]
+    if row.get("input"):
+        instruction += f"\n\n### Input:\n{row['input']}"
+    return Example(fill_prompt(prompt, {**row, "instruction": instruction}), row[answer].strip())
