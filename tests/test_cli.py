@@ -12,6 +12,8 @@ from peft import PeftConfig
 import text_models
 from peft_tsd import cli
 from peft_tsd.cli import main
+from peft_tsd.recipe import shipped_recipes
+from peft_tsd.tasks.commonsense import from_boolq
 
 
 @pytest.fixture
@@ -104,6 +106,7 @@ def test_train_evaluate_export(place, capsys):
         ("task.chat=true", ["no chat template"]),
         ("output=data.jsonl/run", ["data.jsonl/run' cannot be made", "name another folder"]),
         ("resume=true", ["holds no run to continue"]),
+        ("data.folder=nowhere", ["data.folder='nowhere'", "task.family=generate"]),
         ("training", ["cannot read 'training'", "key=value"]),
     ],
 )
@@ -111,6 +114,22 @@ def test_bad_recipes_are_refused_before_anything_starts(refused, override, parts
     line = refused(override)
     for part in parts:
         assert part in line
+
+
+def test_bad_suites_are_refused_before_anything_starts(refused, place):
+    commonsense = "task={family: commonsense}"
+    assert "is no folder" in refused(commonsense, "data={folder: nowhere}")
+    assert "has no TASK/test.json for any TASK of boolq" in refused(commonsense, "data={folder: model}")
+    assert "mean 'boolq'" in refused(commonsense, "data={folder: model, tasks: [bolq]}")
+    assert "has no RTE/train.tsv" in refused("task={family: glue}", "data={folder: model, tasks: [rte]}")
+    assert "did you mean 'rte'" in refused("task={family: glue}", "data={folder: model, tasks: [rt]}")
+
+
+def test_a_tokenizer_that_cannot_pad_or_end_is_refused(refused, place):
+    path = place / "model" / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in settings.items() if k not in ("pad_token", "eos_token")}))
+    assert "its tokenizer has neither a pad nor an end token" in refused()
 
 
 def test_too_little_disk_is_refused(refused, monkeypatch):
@@ -179,6 +198,59 @@ def test_recipes(capsys):
     assert "minilm-syllogism" in listed
     assert main(["recipes", "show", "minilm-syllogism"]) == 0
     assert capsys.readouterr().out.startswith("# peft-tsd train minilm-syllogism\n")
+    assert "rank=4|8|16|32|64" in listed
+    assert main(["recipes", "show", "llama-7b-commonsense", "rank=8"]) == 0
+    shown = capsys.readouterr().out
+    assert "learning_rate: 0.0004" in shown
+    assert "eps: 1.0e-06" in shown
+
+
+def test_recipes_check(capsys):
+    """The paper's count: LoRA's of five modules in 32 layers, and eight numbers more in each."""
+    assert main(["recipes", "check", "llama-7b-commonsense", "minilm-glue"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    attention, feed_forward = 3 * (4096 + 4096), 2 * (4096 + 11008)
+    for rank in (4, 8, 16, 32, 64):
+        lora = 32 * rank * (attention + feed_forward)
+        [line] = [line for line in lines if f"rank={rank} " in line]
+        assert line.split()[1:] == f"{lora + 1280:,} = LoRA {lora:,} + Δσ 1,280".split()
+    assert sum("task=" in line for line in lines) == 3
+    assert lines[-1].endswith("+ head 770")
+
+
+@pytest.mark.slow
+def test_every_shipped_recipe_can_be_checked(capsys):
+    assert main(["recipes", "check"]) == 0
+    counted = capsys.readouterr().out
+    for name in shipped_recipes():
+        assert f"{name}\n" in counted
+
+
+def test_a_model_without_a_configuration_in_the_package_is_refused(refused, place):
+    path = text_models.write_recipe(place)
+    assert "the package has the configurations of" in refused("check", str(path), command="recipes")
+
+
+def test_a_suite_is_summed_up_by_task(place, capsys):
+    (place / "sets" / "boolq").mkdir(parents=True)
+    for file, numbers in (("train", range(9)), ("test", range(9, 12))):
+        rows = [from_boolq({"question": f"is it {i}", "answer": i % 2 > 0}) for i in numbers]
+        (place / "sets" / "boolq" / f"{file}.json").write_text(json.dumps(rows))
+    recipe = text_models.write_recipe(
+        place,
+        data={"name": None, "test_size": None, "folder": "sets", "tasks": ["boolq", "piqa"]},
+        task={"family": "commonsense", "prompt": "{instruction}\n", "scoring": "likelihood"},
+    )
+    assert main(["train", str(recipe)]) == 0
+    summary = capsys.readouterr().out
+    assert re.search(r"accuracy of 3 unseen questions: 0\.\d+ -> 0\.\d+", summary)
+    assert re.search(r"boolq +3 questions   accuracy 0\.\d+ -> 0\.\d+", summary)
+    assert "left out, no data: piqa" in summary
+    assert main(["evaluate", "run", "data.test_size=2"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["questions"] == 2
+    assert printed["tasks"]["boolq"].keys() == {"accuracy"}
+    assert printed["left_out"] == ["piqa"]
 
 
 def test_usage(capsys):

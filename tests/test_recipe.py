@@ -3,7 +3,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from peft_tsd.recipe import Recipe, RecipeError, apply_overrides, check_recipe, load_recipe, shipped_recipes
+from peft_tsd.choices import combinations
+from peft_tsd.recipe import (
+    Recipe,
+    RecipeError,
+    apply_overrides,
+    check_recipe,
+    choices_of,
+    load_recipe,
+    shipped_recipes,
+)
 
 MINIMAL = {
     "model": {"name": "some/model"},
@@ -53,6 +62,16 @@ def test_defaults_are_spelled_out_and_read_back():
         ({"task": {"family": "classify", "chat": True}}, ["task.chat=True", "family classify"]),
         ({"task": {"family": "generate", "labels": ["a", "b"]}}, ["task.labels", "family generate"]),
         ({"task": {"family": "classify", "labels": ["a", "a"]}}, ["two or more different labels", "['a', 'a']"]),
+        ({"task": {"family": "generate", "scoring": "likelihood"}}, ["task.scoring='likelihood'", "family generate"]),
+        ({"task": {"family": "math", "scoring": "likelihood"}}, ["task.scoring='likelihood'", "family math"]),
+        ({"task": {"family": "commonsens"}}, ["task.family='commonsens'", "did you mean 'commonsense'"]),
+        ({"task": {"family": "commonsense"}}, ["data.name='some/data'", "task.family=commonsense", "remove it"]),
+        ({"task": {"family": "commonsense"}, "data": {"tasks": []}}, ["data.tasks=[]", "names no task"]),
+        ({"task": {"family": "math"}, "data": {}}, ["task.family=math", "data.folder=FOLDER"]),
+        ({"task": {"family": "glue"}, "data": {}}, ["one of GLUE's tasks", "data.tasks=[rte]"]),
+        ({"task": {"family": "glue", "prompt": "x"}, "data": {"tasks": ["rte"]}}, ["task.prompt='x'", "family glue"]),
+        ({"data": {"name": "a", "folder": "b"}}, ["data.folder=", "task.family=generate"]),
+        ({"optimizer": {"warmup_steps": 5, "warmup_ratio": 0.1}}, ["warmup_steps and warmup_ratio", "5 and 0.1"]),
         ({"training": {}}, ["exactly one of steps and epochs", "steps=None"]),
         ({"training": {"steps": 9, "epochs": 1}}, ["exactly one of steps and epochs", "epochs=1"]),
         ({"training": {"steps": 200, "keep_checkpoints": 1}}, ["training.keep_checkpoints=1"]),
@@ -63,6 +82,24 @@ def test_refusals_repeat_what_was_given(sections, parts):
     message = refusal(**sections)
     for part in parts:
         assert part in message
+
+
+def test_a_suite_has_its_own_defaults():
+    suite = {**MINIMAL, "data": {}, "task": {"family": "commonsense"}}
+    recipe = check_recipe(suite)
+    assert "### Instruction:\n{instruction}\n" in recipe.task.prompt
+    assert recipe.task.max_new_tokens == 32
+    assert recipe.data.test_size is None
+    assert check_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+    recipe = check_recipe({**suite, "task": {"family": "commonsense", "prompt": "x", "max_new_tokens": 9}})
+    assert (recipe.task.prompt, recipe.task.max_new_tokens) == ("x", 9)
+    assert check_recipe(MINIMAL).data.test_size == 200
+
+
+def test_warmup_as_a_share_of_the_run():
+    assert check_recipe({**MINIMAL, "optimizer": {"warmup_ratio": 0.1}}).optimizer.warmup(101) == 11
+    assert check_recipe({**MINIMAL, "optimizer": {"warmup_steps": 7}}).optimizer.warmup(101) == 7
+    assert check_recipe(MINIMAL).optimizer.warmup(101) == 0
 
 
 def test_plain_lora_has_no_prelaunch_to_outlast():
@@ -108,6 +145,74 @@ def test_overrides_refused(tmp_path, override, part):
     assert override.partition("=")[0] in str(caught.value)
 
 
+CHOICES = """
+choices:
+  rank:
+    default: 4
+    table:
+      4: {adapter.r: 4, optimizer.learning_rate: 1.0e-3}
+      16: {adapter.r: 16}
+  task:
+    default: one
+    table:
+      one: {seed: 1}
+      two: {seed: 2, adapter.r: 99}
+"""
+
+
+@pytest.fixture
+def choosing(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(CHOICES + yaml.safe_dump({k: v for k, v in MINIMAL.items() if k != "output"}))
+    return str(path)
+
+
+def test_a_choice_is_a_row_of_overrides(choosing):
+    recipe = load_recipe(choosing)
+    assert (recipe.adapter.r, recipe.optimizer.learning_rate, recipe.seed) == (4, 1e-3, 1)
+    assert recipe.output.endswith("runs/mine-4-one")
+    recipe = load_recipe(choosing, ["rank=16", "seed=5"])
+    assert (recipe.adapter.r, recipe.optimizer.learning_rate, recipe.seed) == (16, 5e-4, 5)
+    assert recipe.output.endswith("runs/mine-16-one")
+    # A row's own keys give way to the command line's, whatever the order.
+    assert load_recipe(choosing, ["adapter.r=7", "task=two"]).adapter.r == 7
+    # A whole section under a choice's name is not a row of it.
+    assert load_recipe(choosing, ["task={family: generate, chat: true}"]).task.chat
+    # What is kept of a run leaves nothing to choose.
+    assert "choices" not in yaml.safe_load(recipe.to_yaml())
+    assert combinations(choices_of(choosing)) == [
+        ["rank=4", "task=one"],
+        ["rank=4", "task=two"],
+        ["rank=16", "task=one"],
+        ["rank=16", "task=two"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("default: 4", "default: 5", "choices.rank must have a table of rows and a default that is one of them"),
+        ("  rank:\n", "  rank: 4\n  other:\n", "choices.rank must have a table"),
+        ("16: {adapter.r: 16}", "16: 16", "row 16 of choices.rank must be a mapping of dotted keys"),
+        ("adapter.r: 4,", "adapter.q: 4,", "unknown key 'adapter.q'"),
+        ("adapter.r: 4,", "output.x: 4,", "choices.rank.table.4: output.x=4"),
+    ],
+)
+def test_choices_refused(choosing, old, new, message):
+    path = Path(choosing)
+    path.write_text(path.read_text().replace(old, new) + "output: runs/x\n")
+    with pytest.raises(RecipeError, match=message) as caught:
+        load_recipe(choosing)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_row_is_refused(choosing):
+    with pytest.raises(RecipeError, match=r"'rank=5' is no choice of this recipe: it has rank=4\|16"):
+        load_recipe(choosing, ["rank=5"])
+    with pytest.raises(RecipeError, match=r"it has task=one\|two; did you mean 'task=two'"):
+        load_recipe(choosing, ["task=tow"])
+
+
 def test_files_refused(tmp_path):
     with pytest.raises(RecipeError, match="no recipe 'smollm2-famly'.*did you mean 'smollm2-family'"):
         load_recipe("smollm2-famly")
@@ -134,7 +239,51 @@ def test_shipped_recipes_are_valid_and_open_with_their_command(name):
     assert path.read_text().startswith(f"# peft-tsd train {name}\n")
     recipe = load_recipe(name)
     assert recipe.description
-    assert recipe.output.endswith(f"runs/{name}")
+    # Runs with other choices are other runs.
+    chosen = [choice.default for choice in choices_of(name).values()]
+    assert recipe.output.endswith("/".join(["runs", "-".join([name, *chosen])]))
+    for overrides in combinations(choices_of(name)):
+        assert load_recipe(name, overrides).output.endswith("-".join(part.partition("=")[2] for part in overrides))
+
+
+# The paper's settings, by rank.
+RATES = {
+    "llama-7b-commonsense": {4: 5e-4, 8: 4e-4, 16: 5e-4, 32: 1e-4, 64: 0.9e-4},
+    "llama2-7b-commonsense": {16: 2e-4, 32: 1e-4},
+    "llama3-8b-commonsense": {16: 2e-4, 32: 0.8e-4},
+}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_commonsense_as_in_the_paper(name):
+    assert [int(rank) for rank in choices_of(name)["rank"].table] == list(RATES[name])
+    for rank, rate in RATES[name].items():
+        recipe = load_recipe(name, [f"rank={rank}"])
+        assert (recipe.adapter.r, recipe.adapter.lora_alpha) == (rank, 2 * rank)
+        assert recipe.optimizer.learning_rate == rate
+        assert (recipe.training.epochs, recipe.training.batch_size, recipe.task.max_length) == (3, 16, 256)
+        assert (recipe.optimizer.warmup_steps, recipe.adapter.lora_dropout) == (100, 0.05)
+        assert (recipe.directions.prelaunch_steps, recipe.directions.num_directions) == (100, 8)
+
+
+def test_glue_as_in_the_paper():
+    table = choices_of("deberta-v3-base-glue")
+    assert list(table["rank"].table) == ["2", "8"]
+    settings = {}
+    for task in table["task"].table:
+        recipe = load_recipe("deberta-v3-base-glue", [f"task={task}", "rank=2"])
+        assert (recipe.adapter.r, recipe.adapter.lora_alpha, recipe.data.tasks) == (2, 4, [task])
+        settings[task] = (recipe.optimizer.learning_rate, recipe.training.epochs, recipe.task.max_length)
+    assert settings == {
+        "mnli": (5e-4, 12, 256),
+        "sst2": (8e-4, 24, 128),
+        "cola": (8e-4, 25, 64),
+        "qqp": (1e-3, 5, 320),
+        "qnli": (5e-4, 5, 512),
+        "rte": (1.2e-3, 50, 320),
+        "mrpc": (1e-3, 30, 320),
+        "stsb": (5e-4, 25, 128),
+    }
 
 
 def test_the_docs_list_every_key():

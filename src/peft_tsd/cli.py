@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .recipe import RecipeError, apply_overrides, find_recipe, load_recipe, shipped_recipes
+from .choices import combinations
+from .recipe import RecipeError, apply_overrides, choices_of, find_recipe, load_recipe, shipped_recipes
 
 DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
 
@@ -79,11 +80,15 @@ def _parser() -> argparse.ArgumentParser:
 
     recipes = verbs.add_parser("recipes", help="list the recipes that come with the package, or show one")
     recipes.set_defaults(run=_list_recipes)
-    actions = recipes.add_subparsers(metavar="list | show NAME")
+    actions = recipes.add_subparsers(metavar="list | show NAME | check [NAME]")
     actions.add_parser("list", help="list them").set_defaults(run=_list_recipes)
-    show = actions.add_parser("show", help="print one")
+    show = actions.add_parser("show", help="print one; with overrides, what it comes to with every default")
     show.add_argument("name", metavar="NAME")
+    show.add_argument("overrides", metavar="key=value", nargs="*", help="e.g. rank=16")
     show.set_defaults(run=_show_recipe)
+    check = actions.add_parser("check", help="build each one's model without weights and count what it trains")
+    check.add_argument("names", metavar="NAME", nargs="*", help="all without it")
+    check.set_defaults(run=_check_recipes)
     return parser
 
 
@@ -154,14 +159,34 @@ def _explore(arguments: argparse.Namespace) -> int:
 
 
 def _list_recipes(arguments: argparse.Namespace) -> int:
+    width = max(map(len, shipped_recipes()))
     for name, path in shipped_recipes().items():
-        print(f"{name:20}  {load_recipe(str(path)).description}")
+        print(f"{name:{width}}  {load_recipe(str(path)).description}")
+        for choice, (_, table) in choices_of(str(path)).items():
+            print(f"{'':{width}}  {choice}={'|'.join(table)}")
     print("\npeft-tsd recipes show NAME prints one; peft-tsd train NAME runs it.")
     return DONE
 
 
 def _show_recipe(arguments: argparse.Namespace) -> int:
-    print(find_recipe(arguments.name).read_text(encoding="utf-8"), end="")
+    if arguments.overrides:
+        print(load_recipe(arguments.name, arguments.overrides).to_yaml(), end="")
+    else:
+        print(find_recipe(arguments.name).read_text(encoding="utf-8"), end="")
+    return DONE
+
+
+def _check_recipes(arguments: argparse.Namespace) -> int:
+    from .recipe_check import check_recipe_model
+
+    with _screen():
+        for name in arguments.names or shipped_recipes():
+            lines = [name]
+            for overrides in combinations(choices_of(name)):
+                parts = check_recipe_model(load_recipe(name, overrides))
+                trained = " + ".join(f"{part} {count:,}" for part, count in parts.items())
+                lines.append(f"  {' '.join(overrides):22} {sum(parts.values()):>12,} = {trained}")
+            print("\n".join(lines))
     return DONE
 
 

@@ -1,12 +1,12 @@
 """Recipes: what a training run is, as a YAML file that is checked before anything starts.
 
 A recipe names a model, data, the task the data poses, a method with its adapter, and how to optimize and score. Every
-key is declared here; an unknown one, or a value of the wrong type, is refused.
+key is declared here; an unknown one, or a value of the wrong type, is refused. What a recipe leaves to choose (see
+`choices`) is settled before that.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -17,9 +17,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-
-class RecipeError(ValueError):
-    """Something the user gave cannot be used. The message is one line: what was given, and what to do."""
+from .choices import Choice, pick, take_choices
+from .errors import RecipeError as RecipeError
+from .errors import did_you_mean as did_you_mean
 
 
 def _absolute_if_there(name: str) -> str:
@@ -352,19 +352,38 @@ def load_recipe(reference: str, overrides: Iterable[str] = ()) -> Recipe:
 
     Args:
         reference: Path of a YAML file, or the name of a recipe shipped with the package.
-        overrides: `key=value` each, the key dotted (`training.steps`), the value YAML.
+        overrides: `key=value` each, the key dotted (`training.steps`), the value YAML; or `NAME=ROW` of a choice.
 
     Raises:
         RecipeError: Not found, not YAML, an unknown key, a wrong type or value.
     """
     path = find_recipe(reference)
+    content, choices = _read(path)
+    chosen, rest = pick(choices, overrides)
+    for name, row in chosen.items():
+        for key, value in choices[name].table[row].items():
+            _set(content, key, value, f"choices.{name}.table.{row}: {key}={value!r}")
+    for override in rest:
+        _apply(content, override)
+    # Runs of one recipe with other choices are other runs.
+    content.setdefault("output", str(Path("runs") / "-".join([path.stem, *chosen.values()])))
+    return check_recipe(content)
+
+
+def choices_of(reference: str) -> dict[str, Choice]:
+    """What a recipe leaves to choose.
+
+    Raises:
+        RecipeError: As `load_recipe`.
+    """
+    return _read(find_recipe(reference))[1]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Choice]]:
     content = _parse(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys; got {type(content).__name__}")
-    for override in overrides:
-        _apply(content, override)
-    content.setdefault("output", str(Path("runs") / path.stem))
-    return check_recipe(content)
+    return content, take_choices(content, str(path))
 
 
 def apply_overrides(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
@@ -417,15 +436,6 @@ def find_recipe(reference: str) -> Path:
     )
 
 
-def did_you_mean(given: str, known: Iterable[str], *, prefix: str = "", listing: bool = True) -> str:
-    """The end of an error message: the nearest of `known`, or (with `listing`) all of them."""
-    names = sorted(known)
-    near = difflib.get_close_matches(given, names, n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean {prefix + near[0]!r}?"
-    return f"; known: {', '.join(names)}" if listing and names else ""
-
-
 class _Loader(yaml.SafeLoader):
     """YAML as people write it: 1e-3 is a number (YAML 1.1 wants 1.0e-3), and a key given twice is a mistake."""
 
@@ -458,12 +468,16 @@ def _apply(content: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"cannot read {override!r}; an override is key=value, such as training.steps=100")
+    _set(content, key, _parse(value, f"override {override!r}"), override)
+
+
+def _set(content: dict[str, Any], key: str, value: Any, given: str) -> None:
     *sections, last = key.split(".")
     for section in sections:
         if not isinstance(content.get(section, {}), dict):
-            raise RecipeError(f"cannot set {override!r}: {section!r} is a single value, not a section")
+            raise RecipeError(f"cannot set {given!r}: {section!r} is a single value, not a section")
         content = content.setdefault(section, {})
-    content[last] = _parse(value, f"override {override!r}")
+    content[last] = value
 
 
 def _explain(error: Any) -> str:

@@ -177,10 +177,11 @@ def _prepare(recipe: Recipe, *, to_train: bool = True) -> _Job:
     if config.get_text_config().pad_token_id is None:
         config.get_text_config().pad_token_id = tokenizer.pad_token_id
     skeleton = load_skeleton(config, task.auto_class, trust_remote_code=recipe.model.trust_remote_code)
-    adapter_config = _adapter_config(recipe, task.peft_task_type)
+    # PEFT writes the skeleton's module names into this one; the run gets another.
+    tried = adapter_config(recipe, task.peft_task_type)
     check_target_modules(recipe.adapter.target_modules, skeleton)
     try:
-        adapted = get_peft_model(skeleton, adapter_config, low_cpu_mem_usage=True)
+        adapted = get_peft_model(skeleton, tried, low_cpu_mem_usage=True)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise RecipeError(f"adapter: {' '.join(str(error).split())}") from None
     if to_train:
@@ -194,9 +195,8 @@ def _prepare(recipe: Recipe, *, to_train: bool = True) -> _Job:
         model.name_or_path = source.name
         return model
 
-    # PEFT wrote the skeleton's module names into the first config.
-    adapter_config = _adapter_config(recipe, task.peft_task_type)
-    return _Job(recipe, task, material, rows, tokenizer, adapter_config, steps, load_base)
+    made = adapter_config(recipe, task.peft_task_type)
+    return _Job(recipe, task, material, rows, tokenizer, made, steps, load_base)
 
 
 def _run(job: _Job, stop: _Stop) -> Result:
@@ -371,7 +371,12 @@ class _Record(TrainerCallback):
         self.progress["peak_memory_bytes"] = max(self.progress.get("peak_memory_bytes") or 0, _peak_memory() or 0)
 
 
-def _adapter_config(recipe: Recipe, task_type: str) -> LoraConfig:
+def adapter_config(recipe: Recipe, task_type: str) -> LoraConfig:
+    """The adapter a recipe describes.
+
+    Raises:
+        RecipeError: PEFT refuses it.
+    """
     fields = {"task_type": task_type, **recipe.adapter.model_dump()}
     try:
         if recipe.method == "lora":

@@ -1,0 +1,19 @@
+"""What is said to a user whose input cannot be used."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RecipeError(ValueError):
+    """Something the user gave cannot be used. The message is one line: what was given, and what to do."""
+
+
+def did_you_mean(given: str, known: Iterable[str], *, prefix: str = "", listing: bool = True) -> str:
+    """The end of an error message: the nearest of `known`, or (with `listing`) all of them."""
+    names = sorted(known)
+    near = difflib.get_close_matches(given, names, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {prefix + near[0]!r}?"
+    return f"; known: {', '.join(names)}" if listing and names else ""
