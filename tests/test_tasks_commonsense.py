@@ -352,6 +352,10 @@ def test_a_run(folder, tmp_path, scoring):
     assert again["score"] == score["after"]
     assert again["tasks"]["boolq"] == score["tasks"]["boolq"]["after"]
     assert again["left_out"] == score["left_out"]
+    # Scoring needs no training rows.
+    for path in folder.glob("*/train.json"):
+        path.unlink()
+    assert training.evaluate(str(result.folder.path))["tasks"] == again["tasks"]
 
 
 def test_a_tiny_model_learns_the_form(folder, tmp_path):

@@ -244,6 +244,8 @@ def test_a_run(tmp_path, name):
     assert training.evaluate(str(result.folder.adapter_lora))["tasks"][task.tests[0][0]] == pytest.approx(
         score["tasks"][task.tests[0][0]]["after"], abs=1e-4
     )
+    (tmp_path / "sets" / task.folder / "train.tsv").unlink()
+    assert training.evaluate(str(result.folder.path))["score"] == score["after"]
     # Two steps of warm-up: the rate is 0, then half, then all.
     rates = [entry["learning_rate"] for entry in result.metrics["loss"][:3]]
     assert rates == pytest.approx([0.0, 0.005, 0.01])

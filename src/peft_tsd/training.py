@@ -162,14 +162,15 @@ def _prepare(recipe: Recipe, *, to_train: bool = True) -> _Job:
     _check_choice("optimizer.name", recipe.optimizer.name, [name.value for name in OptimizerNames])
     _check_choice("optimizer.schedule", recipe.optimizer.schedule, [name.value for name in SchedulerType])
     source = locate(recipe.model)
-    task, material = load_task(recipe)
+    task, material = load_task(recipe, to_train=to_train)
     if isinstance(task, Classification):
         resolved = recipe.task.model_copy(update={"labels": task.labels})
         recipe = recipe.model_copy(update={"task": resolved})
     if to_train and recipe.resume:
         folder.check_resumable(recipe)
     steps = recipe.training.total_steps(len(material.train))
-    recipe.check_steps(steps)
+    if to_train:
+        recipe.check_steps(steps)
 
     config = load_config(source, **task.config_fields)
     tokenizer = load_tokenizer(source)

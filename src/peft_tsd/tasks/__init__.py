@@ -24,18 +24,24 @@ __all__ = ["Classification", "Example", "Family", "Generation", "Glue", "Materia
 Family = Generation | Classification | Glue
 
 
-def load_task(recipe: Recipe) -> tuple[Family, Material]:
+def load_task(recipe: Recipe, *, to_train: bool = True) -> tuple[Family, Material]:
     """The task a recipe describes, and its examples.
+
+    Args:
+        recipe: What to load.
+        to_train: Whether training rows are needed. A suite's are not read otherwise; a recipe's own data are, because
+            the rows to score on, and a classifier's labels, depend on them.
 
     Raises:
         RecipeError: Data are missing, or cannot be read.
     """
     task, data = recipe.task, recipe.data
     if task.family == "glue":
-        return Glue(task, glue_task(data)), load_glue(data)
+        return Glue(task, glue_task(data)), load_glue(data, to_train=to_train)
     for suite in (COMMONSENSE, MATH):
         if task.family == suite.name:
-            return Generation(task, suite.reading), load_suite(suite, data, task.prompt, recipe.data_seed)
+            material = load_suite(suite, data, task.prompt, recipe.data_seed, to_train=to_train)
+            return Generation(task, suite.reading), material
     train, test = load_examples(data, task.prompt, recipe.data_seed)
     material = Material(train, {"test": test}, [], [])
     if task.family == "generate":

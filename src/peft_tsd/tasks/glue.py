@@ -115,8 +115,8 @@ def glue_task(data: Data) -> GlueTask:
     return GLUE[name]
 
 
-def load_glue(data: Data) -> Material:
-    """Training and development rows of the task that `data.tasks` names; the first `train_size` of the former.
+def load_glue(data: Data, *, to_train: bool = True) -> Material:
+    """Training rows (the first `train_size`, none without `to_train`) and development rows of the task a recipe names.
 
     Raises:
         RecipeError: A file is missing, or is not the task's.
@@ -127,12 +127,12 @@ def load_glue(data: Data) -> Material:
     if data.folder is None:
         given = "nyu-mll/glue"
         [name] = data.tasks or [""]
-        train = _from_hub(task, name, "train")
+        train = _from_hub(task, name, "train") if to_train else []
         tests = {part: _from_hub(task, name, split) for part, _, split in task.tests}
     else:
         given = f"data.folder={data.folder!r}"
-        folder = _folder(Path(data.folder), task)
-        train = _from_file(task, folder / "train.tsv", notes)
+        folder = _folder(Path(data.folder), task, "train.tsv" if to_train else task.tests[0][1])
+        train = _from_file(task, folder / "train.tsv", notes) if to_train else []
         files = {part: folder / file for part, file, _ in task.tests}
         missing = [part for part, path in files.items() if not path.is_file()]
         if len(missing) == len(files):
@@ -217,13 +217,13 @@ class Glue:
         return float(example.answer) if labels is None else labels.index(example.answer)
 
 
-def _folder(root: Path, task: GlueTask) -> Path:
+def _folder(root: Path, task: GlueTask, needed: str) -> Path:
     for folder in (root / task.folder, root):
-        if (folder / "train.tsv").is_file():
+        if (folder / needed).is_file():
             return folder
     siblings = [p.name for p in root.iterdir()] if root.is_dir() else []
     hint = did_you_mean(task.folder, siblings, listing=False) if root.is_dir() else "; there is no such folder"
-    raise RecipeError(f"data.folder={str(root)!r} has no {task.folder}/train.tsv{hint}")
+    raise RecipeError(f"data.folder={str(root)!r} has no {task.folder}/{needed}{hint}")
 
 
 def _from_file(task: GlueTask, path: Path, notes: list[str]) -> list[Sentences]:

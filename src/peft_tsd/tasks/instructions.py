@@ -41,7 +41,7 @@ class Suite(NamedTuple):
     reading: Reading
 
 
-def load_suite(suite: Suite, data: Data, prompt: str, seed: int) -> Material:
+def load_suite(suite: Suite, data: Data, prompt: str, seed: int, *, to_train: bool = True) -> Material:
     """Read a suite's rows from `data.folder` or the hub.
 
     Args:
@@ -49,6 +49,7 @@ def load_suite(suite: Suite, data: Data, prompt: str, seed: int) -> Material:
         data: What the recipe says.
         prompt: Template of the prompt; `{instruction}` stands for the row's instruction, with its input if it has one.
         seed: Shuffles the training rows, so that `data.train_size` of them are of every task.
+        to_train: Whether training rows are read.
 
     Raises:
         RecipeError: The folder or every task's file in it is missing, or a row cannot be read.
@@ -64,11 +65,12 @@ def load_suite(suite: Suite, data: Data, prompt: str, seed: int) -> Material:
     if data.folder is None:
         given = f"task.family={suite.name}"
         tests = {task: _from_hub(suite, task, test=True) for task in data.tasks or suite.tasks}
-        train = [row for task in data.train_tasks or suite.tasks for row in _from_hub(suite, task, test=False)]
+        train_tasks = (data.train_tasks or suite.tasks) if to_train else ()
+        train = [row for task in train_tasks for row in _from_hub(suite, task, test=False)]
     else:
         given = f"data.folder={data.folder!r}"
         tests, missing = _tests_in(Path(data.folder), suite, data.tasks, notes)
-        train = _train_in(Path(data.folder), suite, data.train_tasks, notes)
+        train = _train_in(Path(data.folder), suite, data.train_tasks, notes) if to_train else []
     material = apart(
         [_example(row, prompt, "output") for row in train],
         {task: [_example(row, prompt, "answer") for row in rows] for task, rows in tests.items()},

@@ -29,7 +29,7 @@ def apart(
     """`train` without what the tests ask, and the first `test_size` examples of each test.
 
     Args:
-        train: Tuples whose last field is the answer; the others are what is asked.
+        train: Tuples whose last field is the answer; the others are what is asked. None where nothing will be trained.
         tests: The same.
         left_out: Tasks asked for that have no data.
         test_size: Most examples of a test; all without it.
@@ -40,7 +40,7 @@ def apart(
     """
     asked = {example[:-1] for examples in tests.values() for example in examples}
     unseen = [example for example in train if example[:-1] not in asked]
-    if not unseen:
+    if train and not unseen:
         raise RecipeError(f"{given} has {len(train)} rows to train on, of which none is not also a test row")
     notes = []
     if left_out:
