@@ -37,7 +37,7 @@ from peft_tsd.explore import Agreement, DirectionRecorder, Exploration, Trajecto
 from peft_tsd.explore.figures import agreement_figure, rates_figure
 from peft_tsd.explore.views import representative
 from peft_tsd.folders import write_folder
-from peft_tsd.recipe import Model
+from peft_tsd.recipe import INSTRUCTION, Model
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 ATTENTION = ("q_proj", "k_proj", "v_proj")
@@ -48,17 +48,16 @@ SIZES = {
 SETS = ((8, 8), (8, 32), (32, 8))
 """Sizes of the predicted and the true set. The paper does not print its own."""
 
-PROMPT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n{output}"
-)
-
 
 def read_mixture(folder: Path) -> list[str]:
     files = sorted(folder.glob("*/train.json"))
     if not files:
         raise SystemExit(f"{folder} holds no */train.json; give a folder of data sets in the LLM-Adapters form.")
-    return [PROMPT.format(**row) for file in files for row in json.loads(file.read_text(encoding="utf-8"))]
+    return [
+        (INSTRUCTION + "{output}").format(**row)
+        for file in files
+        for row in json.loads(file.read_text(encoding="utf-8"))
+    ]
 
 
 def train(
@@ -189,8 +188,7 @@ def page(truths: dict[int, Exploration], runs: dict[tuple[int, int], dict], args
     better = [one.precision[-1].mean() > one.random_change.mean() for one in equal]
 
     losses = [
-        f"| {name} | {spread([run['first_loss'] for run in found])} | {spread([run['last_loss'] for run in found])} "
-        f"| {spread([run['seconds'] / args.steps for run in found])} |"
+        f"| {name} | {spread([run['first_loss'] for run in found])} | {spread([run['last_loss'] for run in found])} |"
         for name, found in [("full", [args.full[seed] for seed in seeds])]
         + [(f"LoRA r {rank}", [runs[seed, rank] for seed in seeds]) for rank in args.ranks]
     ]
@@ -225,8 +223,8 @@ def page(truths: dict[int, Exploration], runs: dict[tuple[int, int], dict], args
             f"Seeds: {', '.join(map(str, seeds))}. Full fine-tuning and every LoRA see the same examples in the same "
             "order.",
             "",
-            "| | loss, first 10 steps | loss, last 10 steps | seconds a step |",
-            "| --- | --- | --- | --- |",
+            "| | loss, first 10 steps | loss, last 10 steps |",
+            "| --- | --- | --- |",
             *losses,
             "",
             f"**In short:** the 8 highest rates of full fine-tuning carry {tuned['share']:.1%} of the sum, those of a "

@@ -17,3 +17,9 @@ def did_you_mean(given: str, known: Iterable[str], *, prefix: str = "", listing:
     if near:
         return f"; did you mean {prefix + near[0]!r}?"
     return f"; known: {', '.join(names)}" if listing and names else ""
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error from elsewhere, on one line and not too long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 400 else text[:397] + "..."

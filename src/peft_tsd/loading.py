@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .recipe import Model, RecipeError, did_you_mean
+from .errors import RecipeError, did_you_mean, one_line
+from .recipe import Model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -90,7 +91,7 @@ def load_skeleton(config: PretrainedConfig, auto_class: Any, *, trust_remote_cod
         try:
             skeleton: PreTrainedModel = auto_class.from_config(config, trust_remote_code=trust_remote_code)
         except ValueError as error:
-            raise RecipeError(_one_line(error)) from None
+            raise RecipeError(one_line(error)) from None
     return skeleton
 
 
@@ -183,9 +184,4 @@ def _one_line_errors(source: Source) -> Iterator[None]:
         yield
     except (OSError, ValueError, ImportError, KeyError, struct.error) as error:  # struct: a GGUF file cut short
         name = str(Path(source.name) / source.options["gguf_file"]) if "gguf_file" in source.options else source.name
-        raise RecipeError(f"cannot load the model {name!r}: {_one_line(error)}") from None
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 400 else text[:397] + "..."
+        raise RecipeError(f"cannot load the model {name!r}: {one_line(error)}") from None

@@ -100,7 +100,7 @@ def transition(layers: Mapping[str, TsdLayer], adapter: str, optimizer: Optimize
         _named(name, layer.check_identifiable, adapter)
     found: dict[str, Identified] = {}
     for name, layer in tqdm(
-        layers.items(), desc="Identifying directions", unit="layer", disable=not _is_main_process()
+        layers.items(), desc="Identifying directions", unit="layer", disable=not is_main_process()
     ):
         found[name] = _named(name, layer.identify, adapter)
     for name, layer in layers.items():
@@ -214,5 +214,6 @@ def _forget(optimizer: Optimizer, parameter: Tensor) -> None:
         optimizer.state.pop(parameter, None)
 
 
-def _is_main_process() -> bool:
+def is_main_process() -> bool:
+    """Whether this process is the one that writes and reports: rank 0, or the only one."""
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

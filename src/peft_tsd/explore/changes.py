@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from ..config import REFUSED_FIELDS, TsdConfig
 from ..directions import LowRank
+from ..errors import one_line
 from ..export import lora_scaling, stack_layer
 from ..loading import Source
 from ..spectrum import as_double
-from .errors import ExploreError, one_line
+from .errors import ExploreError
 from .skeleton import Weight
 from .weights import Checkpoint, SafetensorsFiles, fetch
 

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from .errors import ExploreError, one_line
+from ..errors import one_line
+from .errors import ExploreError
 from .exploring import Plan, measure_all, prepare
 from .measure import agreement, overlap
 from .output import check_out, write

@@ -14,11 +14,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..directions import check_matrix
+from ..errors import one_line
 from ..loading import Source, load_config, locate
 from ..recipe import Model, RecipeError
 from ..spectrum import Spectrum
 from .changes import Changes, OfCheckpoint, open_adapter
-from .errors import ExploreError, one_line
+from .errors import ExploreError
 from .measure import change_norm, check_settings, measure
 from .results import Exploration, WeightChange
 from .skeleton import Weight, build, select

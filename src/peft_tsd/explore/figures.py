@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .results import HIGHEST, Agreement, Exploration, IntArray, WeightChange
+from .results import HIGHEST, Agreement, Exploration, IntArray, WeightChange, highest
 from .views import BINS, histogram, kinds, layers, representative, tail
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def rates_figure(weight: WeightChange) -> Figure:
     """The paper's figure of one weight: its rates over the spectrum, a close-up of the smallest σ, and sorted."""
     with _style():
         figure, (spectrum, zoom, by_rank) = _panels(3, 2.0)
-        order = np.argsort(-weight.rates, kind="stable")
+        order = highest(weight.rates, weight.k)
         everywhere = np.arange(weight.k)
         last = everywhere[-tail(weight.k) :]
         _rates(spectrum, "spectrum", everywhere, everywhere, weight)

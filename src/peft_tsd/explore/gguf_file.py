@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import ExploreError, one_line
+from ..errors import one_line
+from .errors import ExploreError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..directions import LowRank, check_change, coordinates_on
 from ..spectrum import Spectrum, as_double
-from .results import Agreement, Exploration, FloatArray, IntArray, Overlap, WeightChange
+from .results import Agreement, Exploration, FloatArray, IntArray, Overlap, WeightChange, highest
 from .trajectory import Trajectory, same_norm
 
 
@@ -87,11 +87,6 @@ def change_norm(delta: Tensor | LowRank) -> float:
     core_b = torch.linalg.qr(as_double(b), mode="r").R
     core_a = torch.linalg.qr(as_double(a).mT, mode="r").R
     return abs(scaling) * float((core_b @ core_a.mT).norm())
-
-
-def highest(rates: FloatArray, num: int) -> IntArray:
-    """Positions of the `num` highest rates, highest first; of equal ones, that of the larger singular value."""
-    return np.argsort(-rates, kind="stable")[:num].astype(np.int64)
 
 
 def random_directions(name: str, k: int, num: int) -> IntArray:

@@ -21,7 +21,7 @@ import numpy as np
 
 from ..folders import write_folder
 from .errors import ExploreError
-from .results import Agreement, Exploration, Overlap, WeightChange, summary
+from .results import Agreement, Exploration, Overlap, WeightChange, highest, summary
 
 
 def check_out(out: str | os.PathLike[str]) -> None:
@@ -102,7 +102,7 @@ def write_rates(path: Path, explorations: Sequence[Exploration]) -> None:
 
 
 def _columns(one: Exploration, weight: WeightChange) -> dict[str, Any]:
-    order = np.argsort(-weight.rates, kind="stable")
+    order = highest(weight.rates, weight.k)
     rank = np.empty(weight.k, dtype=np.int32)
     rank[order] = np.arange(weight.k)
     is_tsd = np.zeros(weight.k, dtype=bool)

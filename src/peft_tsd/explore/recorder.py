@@ -21,6 +21,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from ..directions import LowRank, check_matrix, rates_on
 from ..layer import TsdLayer
+from ..schedule import is_main_process
 from ..spectrum import Spectrum, as_double
 from .measure import check_settings
 from .trajectory import INDEX, read_index, same_norm, step_files, step_name, write_index
@@ -122,7 +123,7 @@ class DirectionRecorder(TrainerCallback):
         """
         if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < MAX_STEP:
             raise ValueError(f"step must be the number of optimizer steps taken, 0 or more; got {step!r}.")
-        if not _is_main_process():
+        if not is_main_process():
             return
         if not self._begun:
             self._begin(model, first=step, resumed=False)
@@ -253,7 +254,3 @@ def _unsupported(layer: LoraLayer, adapter: str) -> str | None:
     if weight.is_meta or isinstance(weight, DTensor):
         return "its weight is offloaded or sharded over processes; it must be whole in memory"
     return None
-
-
-def _is_main_process() -> bool:
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

@@ -70,6 +70,7 @@ def _data(explorations: Sequence[Exploration], overlap: Overlap | None, agreemen
 def _model(one: Exploration, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What the page shows of a model beyond its summary; adds to each of `rows` its kind and relative change."""
     kind = kinds(one)
+    random = one.random_change()
     for weight, row in zip(one.weights, rows):
         row["kind"] = kind[weight.name]
         row["tail"] = tail(weight.k)
@@ -77,11 +78,11 @@ def _model(one: Exploration, rows: list[dict[str, Any]]) -> dict[str, Any]:
     by_kind = {name: [row for row in rows if row["kind"] == name] for name in dict.fromkeys(kind.values())}
     return {
         "finding": finding(one),
-        "facts": _facts(one),
+        "facts": _facts(one, random),
         "layers": layers(one),
         "kinds": [{"kind": name, **_concentration(of_kind)} for name, of_kind in by_kind.items()],
         "overall": _concentration(rows) if rows else None,
-        "random_histogram": histogram(one.random_change()).tolist(),
+        "random_histogram": histogram(random).tolist(),
         "histogram": histogram(one).tolist(),
         "initial": representative(one).name if one.weights else None,
     }
@@ -113,11 +114,10 @@ def finding(one: Exploration) -> str:
     )
 
 
-def _facts(one: Exploration) -> list[list[str]]:
-    """The numbers beside the finding, as (value, what it is)."""
+def _facts(one: Exploration, random: Exploration) -> list[list[str]]:
+    """The numbers beside the finding, as (value, what it is); `random` is its random change."""
     if not one.weights:
         return []
-    random = one.random_change()
     strongest = max(one.weights, key=lambda weight: weight.rates.max())
     relative = [weight.change_norm / weight.weight_norm for weight in one.weights if weight.weight_norm > 0]
     facts = [

@@ -21,6 +21,11 @@ HIGHEST = (1, 2, 4, 8, 16)
 """How many of the highest rates are summed, for their share of the total."""
 
 
+def highest(rates: FloatArray, num: int) -> IntArray:
+    """Positions of the `num` highest rates, highest first; of equal ones, that of the larger singular value."""
+    return np.argsort(-rates, kind="stable")[:num].astype(np.int64)
+
+
 @dataclass(frozen=True)
 class Share:
     """How much a set of core directions carries.
@@ -100,7 +105,7 @@ class WeightChange:
 
     def concentration(self) -> dict[int, float]:
         """The part of the sum of all rates in the n highest, for n of `HIGHEST`."""
-        return {n: self.share(np.argsort(-self.rates, kind="stable")[:n]).rate for n in HIGHEST}
+        return {n: self.share(highest(self.rates, n)).rate for n in HIGHEST}
 
     def choices(self) -> dict[str, Share]:
         """The TSDs beside as many top, bottom and random directions: `tsd`, `top`, `bottom`, `random`."""
@@ -161,7 +166,7 @@ def _randomly_changed(weight: WeightChange, eps: float, rng: np.random.Generator
     out, inner = weight.shape
     coordinates = rng.normal(0, weight.change_norm / np.sqrt(out * inner), weight.k)
     rates = np.abs(coordinates) / (weight.sigma + eps)
-    directions = np.argsort(-rates, kind="stable")[: len(weight.directions)]
+    directions = highest(rates, len(weight.directions))
     return replace(weight, coordinates=coordinates, rates=rates, directions=directions)
 
 

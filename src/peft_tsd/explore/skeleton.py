@@ -15,8 +15,9 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..errors import one_line
 from ..recipe import did_you_mean
-from .errors import ExploreError, one_line
+from .errors import ExploreError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..errors import one_line
 from ..loading import Source
-from .errors import ExploreError, one_line
+from .errors import ExploreError
 from .skeleton import Weight
 
 if TYPE_CHECKING:

@@ -71,10 +71,7 @@ class Classification:
         self, tokenizer: PreTrainedTokenizerBase, base_model: PreTrainedModel
     ) -> Callable[[Sequence[Batch]], Batch]:
         """Rows to a batch, padded on the tokenizer's side."""
-        from transformers import DataCollatorWithPadding
-
-        pad = DataCollatorWithPadding(tokenizer)
-        return lambda rows: dict(pad(list(rows)))
+        return padded(tokenizer)
 
     def score(
         self,
@@ -96,6 +93,14 @@ class Classification:
     def majority(examples: Sequence[Example]) -> float:
         """What answering always the most frequent label would score."""
         return Counter(example.answer for example in examples).most_common(1)[0][1] / len(examples)
+
+
+def padded(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[Batch]], Batch]:
+    """What makes a batch of rows of tokens with their labels, padded on the tokenizer's side."""
+    from transformers import DataCollatorWithPadding
+
+    pad = DataCollatorWithPadding(tokenizer)
+    return lambda rows: dict(pad(list(rows)))
 
 
 @torch.inference_mode()

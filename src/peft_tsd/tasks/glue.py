@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..recipe import Data, RecipeError, Task, did_you_mean
-from .classification import logits
+from .classification import logits, padded
 from .material import Material, apart
 from .metrics import METRICS
 from .sources import Row, read_hub, read_table
@@ -183,10 +183,7 @@ class Glue:
         self, tokenizer: PreTrainedTokenizerBase, base_model: PreTrainedModel
     ) -> Callable[[Sequence[dict[str, Any]]], dict[str, Any]]:
         """Rows to a batch, padded on the tokenizer's side."""
-        from transformers import DataCollatorWithPadding
-
-        pad = DataCollatorWithPadding(tokenizer)
-        return lambda rows: dict(pad(list(rows)))
+        return padded(tokenizer)
 
     def score(
         self,
