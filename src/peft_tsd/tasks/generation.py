@@ -93,7 +93,9 @@ class Generation:
             if "logits_to_keep" in accepted:
                 # One more than the longest answer: the logits before a token are the ones that predict it.
                 keep = max(len(row["answer"]) for row in rows) + 1
-                batch["logits_to_keep"] = keep
+                # As indices: a slice's layout would have torch copy the whole output matrix for every row.
+                width = batch["input_ids"].shape[1]
+                batch["logits_to_keep"] = torch.arange(width - keep, width)
                 labels = labels[:, -keep:]
             return {**batch, "labels": labels}
 

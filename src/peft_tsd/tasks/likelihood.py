@@ -52,8 +52,10 @@ def most_likely(
         if "position_ids" in accepted:
             inputs["position_ids"] = positions(inputs["attention_mask"])
         keep = max(len(asked) for key in chosen for _, asked in contexts[key])
-        more = {"logits_to_keep": keep} if "logits_to_keep" in accepted else {}
-        logits = model(**{key: value.to(model.device) for key, value in inputs.items()}, **more).logits[:, -keep:]
+        if "logits_to_keep" in accepted:
+            # As indices, as in training (see `Generation.collator`).
+            inputs["logits_to_keep"] = torch.arange(-keep, 0) + inputs["input_ids"].shape[1]
+        logits = model(**{key: value.to(model.device) for key, value in inputs.items()}).logits[:, -keep:]
         logarithms = logits.float().log_softmax(-1).cpu()
         for row, key in enumerate(chosen):
             for j, asked in contexts[key]:
