@@ -27,7 +27,15 @@ def effective_change(layer, adapter: str = "default") -> torch.Tensor:
     if fixed.u is None:
         return delta
     theta = layer.lora_dash[adapter].weight.detach().double()
-    ratio = layer.tsd_config[adapter].dash_lr_ratio
+    config = layer.tsd_config[adapter]
+    weight = layer.weight_matrix()
     for j in range(len(theta)):
-        delta = delta + ratio * theta[j] * torch.outer(fixed.u[:, j].double(), fixed.v[j].double())
+        unit = 1.0
+        if config.dash_unit == "sigma":
+            unit = float(fixed.u[:, j].double() @ weight.double() @ fixed.v[j].double())
+        elif config.dash_unit == "layer":
+            unit = float(np.sqrt(np.mean(svd(weight)[1] ** 2)))
+        delta = delta + config.dash_lr_ratio * unit * theta[j] * torch.outer(
+            fixed.u[:, j].double(), fixed.v[j].double()
+        )
     return delta

@@ -56,6 +56,37 @@ def test_directions_are_the_highest_rates_with_their_singular_pairs(problem, num
     torch.testing.assert_close(found.u.norm(dim=0), torch.ones(n, dtype=torch.float64), rtol=1e-5, atol=0)
 
 
+@given(problems(), st.integers(1, 30), st.sampled_from(["top", "bottom", "random", "random-change"]))
+def test_controls_take_other_directions_with_their_own_pairs_and_the_learned_rates(problem, num, selection):
+    weight, factors = problem
+    found = d.task_specific_directions(weight, factors, num, selection=selection, seed=3)
+    n = min(num, min(weight.shape))
+    indices = found.indices.tolist()
+    assert len(set(indices)) == n
+    if selection == "top":
+        assert indices == list(range(n))
+    if selection == "bottom":
+        assert indices == list(range(min(weight.shape)))[::-1][:n]
+    np.testing.assert_allclose(found.rates, d.change_rates(weight, factors)[found.indices], rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(weight @ found.v, found.u * found.sigma, rtol=1e-5, atol=1e-8)
+    again = d.task_specific_directions(weight, factors, num, selection=selection, seed=3)
+    assert torch.equal(again.indices, found.indices)
+
+
+def test_random_controls_follow_their_seed():
+    weight = torch.diag(torch.logspace(2, -2, 200, dtype=torch.float64))
+    change = torch.eye(200, dtype=torch.float64)
+    taken = [
+        [d.task_specific_directions(weight, change, 20, selection=kind, seed=seed).indices for seed in range(50)]
+        for kind in ("random", "random-change")
+    ]
+    assert all(len({tuple(indices.tolist()) for indices in sets}) == 50 for sets in taken)
+    uniform, by_change = (torch.cat(sets).double().mean() for sets in taken)
+    assert abs(uniform - 99.5) < 5
+    # A random change moves small singular values most, relative to themselves.
+    assert by_change > 150
+
+
 @given(problems())
 def test_rates_scale_with_the_change_and_ignore_its_sign(problem):
     weight, (b, a, scaling) = problem

@@ -13,6 +13,7 @@ import reference
 import tiny
 from peft_tsd import export_lora
 from peft_tsd.export import _truncate
+from peft_tsd.model import adapted_layers
 
 
 def outputs(model, inputs=None):
@@ -52,6 +53,23 @@ def test_the_export_is_exact_from_the_model_and_from_the_folder(trained, tmp_pat
     a, b = (load_file(report.path / "adapter_model.safetensors") for report in reports)
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("unit", ["sigma", "layer"])
+def test_what_the_changes_are_measured_in_is_exported_with_them(unit, tmp_path):
+    model = get_peft_model(tiny.llama(), tiny.config(dash_unit=unit, dash_lr_ratio=2.0))
+    tiny.train(model, 8)
+    for name, layer in adapted_layers(model, "default").items():
+        torch.testing.assert_close(
+            layer.get_delta_weight("default").double(), reference.effective_change(layer), rtol=1e-4, atol=1e-6
+        )
+        assert layer.delta_sigma("default").abs().min() > 0, name
+    model.save_pretrained(tmp_path / "native")
+    again = PeftModel.from_pretrained(tiny.llama(), tmp_path / "native")
+    assert torch.equal(outputs(again), outputs(model))
+    for source in (model, tmp_path / "native"):
+        report = export_lora(source, tmp_path / f"out-{source is model}")
+        assert_same(outputs(PeftModel.from_pretrained(tiny.llama(), report.path)), outputs(model))
 
 
 def test_it_loads_where_this_package_is_not_installed(tmp_path):

@@ -10,8 +10,11 @@ from typing import Any, Literal, get_args
 
 from peft import LoraConfig
 
+from .directions import Selection
+
 Method = Literal["lora-dash", "lora-init", "lora-tsd"]
 InitReading = Literal["svd", "orthonormal"]
+DashUnit = Literal["one", "sigma", "layer"]
 
 
 class TsdType(str, enum.Enum):
@@ -68,6 +71,14 @@ class TsdConfig(LoraConfig):
             Δσ is this number times the trained scalar, so that any optimizer moves Δσ that much faster than other
             parameters. Adam moves a scalar by at most its learning rate a step while σ is of order 1 to 20: in a short
             run the paper's 1.0 hardly moves Δσ. `"lora-init"` does not use it.
+        dash_unit (`str`, defaults to `"one"`):
+            What Δσ is measured in, times `dash_lr_ratio`. `"one"`: as in the paper. `"sigma"`: each direction's own
+            σ_j, so that what is trained is a change rate. `"layer"`: the root mean square of the layer's singular
+            values. `"lora-init"` does not use it.
+        selection (`str`, defaults to `"tsd"`):
+            Which directions are taken. `"tsd"`: those with the highest change rates. The others are controls, to find
+            out what the choice is worth: the `"top"` or `"bottom"` of the spectrum, `"random"` ones, or those that a
+            `"random-change"`, a Gaussian ΔW in place of the learned one, would have changed most.
         eps (`float`, defaults to 1e-6):
             ε in the change rate `|u_iᵀ ΔW v_i| / (σ_i + ε)`, in the unit of σ.
 
@@ -97,6 +108,12 @@ class TsdConfig(LoraConfig):
         default=1.0,
         metadata={"help": "The change along a direction is this number times its trained scalar."},
     )
+    dash_unit: DashUnit = field(
+        default="one", metadata={"help": "What a change along a direction is measured in: one, sigma or layer."}
+    )
+    selection: Selection = field(
+        default="tsd", metadata={"help": "Which directions: tsd, or as a control top, bottom, random, random-change."}
+    )
     eps: float = field(default=1e-6, metadata={"help": "Keeps a change rate finite where σ is zero."})
 
     def __post_init__(self) -> None:
@@ -106,6 +123,8 @@ class TsdConfig(LoraConfig):
         self.prelaunch_notice_given = False
         _check_choice("method", self.method, get_args(Method))
         _check_choice("init_reading", self.init_reading, get_args(InitReading))
+        _check_choice("dash_unit", self.dash_unit, get_args(DashUnit))
+        _check_choice("selection", self.selection, get_args(Selection))
         _check_positive_int("prelaunch_steps", self.prelaunch_steps, "the number of optimizer steps of plain LoRA")
         _check_positive_int("num_directions", self.num_directions, "the number of directions a layer")
         _check_positive_float("dash_lr_ratio", self.dash_lr_ratio)

@@ -12,12 +12,15 @@ vectors are not unique, and neither are the coordinates on them.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .spectrum import Spectrum, as_double
+
+Selection = Literal["tsd", "top", "bottom", "random", "random-change"]
+"""Which directions of a weight are taken (see `TsdConfig.selection`)."""
 
 LowRank = tuple[Tensor, Tensor, float]
 """A change `scaling · B A` as (B, A, scaling), with B (out, r) and A (r, in)."""
@@ -127,7 +130,13 @@ def change_rates(weight: Tensor, delta: Tensor | LowRank, eps: float = 1e-6) -> 
 
 
 def task_specific_directions(
-    weight: Tensor, delta: Tensor | LowRank, num: int, eps: float = 1e-6
+    weight: Tensor,
+    delta: Tensor | LowRank,
+    num: int,
+    eps: float = 1e-6,
+    *,
+    selection: Selection = "tsd",
+    seed: int = 0,
 ) -> TaskSpecificDirections:
     """The `num` core directions of `weight` with the highest change rates under `delta` (definition 4).
 
@@ -136,6 +145,8 @@ def task_specific_directions(
         delta: Its change ΔW, shape (out, in), or the factors (B, A, scaling) of it.
         num: How many to choose; a weight with fewer (k < num) gives all k.
         eps: As in `change_rates`.
+        selection: Take others instead, as a control. Their rates are still those under `delta`.
+        seed: Of the random selections.
 
     Raises:
         TypeError, ValueError: As `change_rates`; or `num` is not a positive integer.
@@ -145,8 +156,7 @@ def task_specific_directions(
     check_change(weight, delta)
     spectrum = Spectrum(weight)
     rates = rates_on(spectrum, delta, eps)
-    # A stable sort, so that equal rates are taken in the order of the spectrum on every machine.
-    indices = torch.sort(rates, descending=True, stable=True).indices[:num]
+    indices = _ranked(rates, spectrum.sigma + eps, selection, seed)[:num]
     return TaskSpecificDirections(
         indices=indices.to(weight.device),
         rates=_like(weight, rates[indices]),
@@ -154,6 +164,22 @@ def task_specific_directions(
         sigma=_like(weight, spectrum.sigma[indices]),
         v=_like(weight, spectrum.v(indices)),
     )
+
+
+def _ranked(rates: Tensor, sigma: Tensor, selection: Selection, seed: int) -> Tensor:
+    """All positions of the spectrum, in the order in which they would be taken."""
+    if selection == "top":
+        return torch.arange(len(rates), device=rates.device)
+    if selection == "bottom":
+        return torch.arange(len(rates), device=rates.device).flip(0)
+    generator = torch.Generator().manual_seed(seed)
+    if selection == "random":
+        return torch.randperm(len(rates), generator=generator).to(rates.device)
+    if selection == "random-change":
+        # The coordinates u_iᵀ N v_i of a Gaussian N are independent standard normal numbers.
+        rates = torch.randn(len(rates), generator=generator, dtype=rates.dtype).abs().to(sigma) / sigma
+    # A stable sort, so that equal rates are taken in the order of the spectrum on every machine.
+    return torch.sort(rates, descending=True, stable=True).indices
 
 
 def check_matrix(matrix: Tensor, name: str) -> None:

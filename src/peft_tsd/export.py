@@ -178,6 +178,8 @@ def stack_layer(
     if read("lora_directions.indices")[0] >= 0:
         if config.learns_along_directions:
             theta = read("lora_dash.weight").float()
+            if config.dash_unit != "one":
+                theta = read("lora_directions.unit").float() * theta
             u, v = read("lora_directions.u").float(), read("lora_directions.v").float()
             factors = factors._replace(delta_sigma=config.dash_lr_ratio * theta, u=u, v=v)
         if config.starts_from_directions and config.init_reading == "svd":

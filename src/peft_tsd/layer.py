@@ -9,6 +9,7 @@ on the phase.
 from __future__ import annotations
 
 import math
+import zlib
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -44,11 +45,14 @@ class FixedDirections(nn.Module):
         indices: Chosen positions in the spectrum, highest rate first; int64, shape (m,), with m the larger of r and
             num_directions as the method uses them. -1 before identification, and where the weight has fewer.
         rates, sigma: Change rates and singular values of those, shape (m,).
+        unit: What Δσ is measured in, shape (num_directions,); None where it is 1.
         u, v: Directions of the dash, shapes (out, num_directions) and (num_directions, in); None for LoRA-Init.
         a0, b0: Starting factors, shapes (r, in) and (out, r); None but for the `"svd"` reading of LoRA-Init.
     """
 
-    def __init__(self, in_size: int, out_size: int, num_chosen: int, num_dash: int, num_start: int) -> None:
+    def __init__(
+        self, in_size: int, out_size: int, num_chosen: int, num_dash: int, num_start: int, *, has_unit: bool
+    ) -> None:
         super().__init__()
 
         def fixed(*shape: int, dtype: torch.dtype | None = None, fill: float = 0) -> nn.Parameter:
@@ -58,6 +62,7 @@ class FixedDirections(nn.Module):
         self.indices = fixed(num_chosen, dtype=torch.int64, fill=-1)
         self.rates = fixed(num_chosen)
         self.sigma = fixed(num_chosen)
+        self.unit = fixed(num_dash) if num_dash and has_unit else None
         self.u = fixed(out_size, num_dash) if num_dash else None
         self.v = fixed(num_dash, in_size) if num_dash else None
         self.a0 = fixed(num_start, in_size) if num_start else None
@@ -111,6 +116,7 @@ class TsdLayer(LoraLayer):
             num_chosen=max(num_dash, num_start),
             num_dash=num_dash,
             num_start=num_start if config.init_reading == "svd" else 0,
+            has_unit=config.dash_unit != "one",
         )
         self.tsd_config[adapter_name] = config
         # Last, because it moves every part of the adapter to the base layer's device and dtype.
@@ -152,8 +158,11 @@ class TsdLayer(LoraLayer):
 
     def delta_sigma(self, adapter: str, strength: float = 1.0) -> Tensor:
         """Δσ: the learned change along each direction of the dash, shape (num_directions,); times `strength`."""
-        theta = cast(DashScalars, self.lora_dash[adapter]).weight
+        theta: Tensor = cast(DashScalars, self.lora_dash[adapter]).weight
         scale = strength * self.tsd_config[adapter].dash_lr_ratio
+        unit = self.fixed(adapter).unit
+        if unit is not None:
+            theta = unit * theta
         return theta if scale == 1 else scale * theta
 
     def _strength(self, adapter: str) -> float:
@@ -233,7 +242,13 @@ class TsdLayer(LoraLayer):
         config = self.tsd_config[adapter]
         fixed = self.fixed(adapter)
         chosen = task_specific_directions(
-            self.weight_matrix(), self.low_rank_change(adapter), num=len(fixed.indices), eps=config.eps
+            self.weight_matrix(),
+            self.low_rank_change(adapter),
+            num=len(fixed.indices),
+            eps=config.eps,
+            selection=config.selection,
+            # Another one for each layer and run, and the same in every process.
+            seed=zlib.crc32(self.lora_A[adapter].weight.detach().float().cpu().numpy().tobytes()),
         )
         start_a = start_b = None
         if config.starts_from_directions:
@@ -263,6 +278,11 @@ class TsdLayer(LoraLayer):
             num_dash = chosen.u.shape[1]
             fixed.u[:, :num_dash] = chosen.u.to(fixed.u)
             fixed.v[:num_dash] = chosen.v.mT.to(fixed.v)
+            if fixed.unit is not None:
+                weight = self.weight_matrix().float()
+                mean_square = weight.square().sum() / min(weight.shape)  # of the singular values
+                by_layer = self.tsd_config[adapter].dash_unit == "layer"
+                fixed.unit[:num_dash] = (mean_square.sqrt() if by_layer else chosen.sigma[:num_dash]).to(fixed.unit)
         fixed.rates[:n] = chosen.rates.to(fixed.rates)
         fixed.sigma[:n] = chosen.sigma.to(fixed.sigma)
         if found.start_a is not None and found.start_b is not None:

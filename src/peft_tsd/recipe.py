@@ -203,6 +203,8 @@ class Directions(_Section):
     num_directions: int = Field(default=8, ge=1)
     init_reading: Literal["svd", "orthonormal"] = "svd"
     dash_lr_ratio: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    dash_unit: Literal["one", "sigma", "layer"] = "one"
+    selection: Literal["tsd", "top", "bottom", "random", "random-change"] = "tsd"
     eps: float = Field(default=1e-6, gt=0, allow_inf_nan=False)
 
 
