@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from .choices import combinations
-from .recipe import RecipeError, apply_overrides, choices_of, find_recipe, load_recipe, shipped_recipes
+from .recipe import (
+    RecipeError,
+    apply_overrides,
+    choices_of,
+    find_recipe,
+    load_recipe,
+    parse_yaml,
+    shipped_recipes,
+)
 
 DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
 
@@ -42,6 +50,24 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("recipe", metavar="RECIPE", help="a YAML file, or a recipe's name (see: peft-tsd recipes)")
     train.add_argument("overrides", metavar="key=value", nargs="*", help="e.g. method=lora training.steps=100")
     train.set_defaults(run=_train)
+
+    compare = verbs.add_parser("compare", help="train and score several methods alike, and say which is better")
+    compare.add_argument("recipe", metavar="RECIPE", help="a YAML file, or a recipe's name")
+    compare.add_argument("overrides", metavar="key=value", nargs="*", help="for every run, e.g. training.steps=100")
+    compare.add_argument("--methods", metavar="M,M", help="all without it: base,full,lora,dora,pissa,adalora,lora-…")
+    compare.add_argument("--ranks", metavar="R,R", help="e.g. 4,8; the recipe's without it")
+    compare.add_argument("--seeds", default="0,1,2", metavar="S,S", help="(default 0,1,2)")
+    compare.add_argument(
+        "--tasks", metavar="T,T", help="of a recipe that has a choice of task; its default without it"
+    )
+    compare.add_argument(
+        "--vary", action="append", default=[], metavar="KEY=V,V", help="e.g. directions.prelaunch_steps=25,50,100"
+    )
+    compare.add_argument("--tune", metavar="KEY=V,V", help="choose for each method on validation rows: lr=1e-4,1e-3")
+    compare.add_argument("--validation-size", type=int, default=200, metavar="N", help="of --tune (default 200)")
+    compare.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default 1)")
+    compare.add_argument("--out", metavar="DIR", help="the folder (default comparisons/RECIPE); continued if there")
+    compare.set_defaults(run=_compare)
 
     evaluate = verbs.add_parser("evaluate", help="score an adapter and print JSON")
     evaluate.add_argument("path", metavar="RUN_OR_ADAPTER", help="a run folder, or an adapter's folder")
@@ -104,6 +130,47 @@ def _train(arguments: argparse.Namespace) -> int:
             return INTERRUPTED
     print(_summary(result))
     return DONE
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from . import compare as comparing
+
+    out = Path(arguments.out or Path("comparisons") / find_recipe(arguments.recipe).stem).expanduser()
+    plan = comparing.make_plan(
+        arguments.recipe,
+        arguments.overrides,
+        methods=arguments.methods.split(",") if arguments.methods is not None else comparing.METHODS,
+        ranks=_numbers("--ranks", arguments.ranks),
+        seeds=_numbers("--seeds", arguments.seeds) or (),
+        tasks=arguments.tasks.split(",") if arguments.tasks is not None else None,
+        vary=dict(_values("--vary", given) for given in arguments.vary),
+        tune=_values("--tune", arguments.tune) if arguments.tune is not None else None,
+        validation_size=arguments.validation_size,
+    )
+    with _screen():
+        try:
+            result = comparing.compare(plan, out, jobs=arguments.jobs, command=shlex.join(["peft-tsd", *sys.argv[1:]]))
+        except comparing.Stopped:
+            print(f"interrupted; the same command continues, with what is done in {_near(out)}", file=sys.stderr)
+            return INTERRUPTED
+    print(f"\n{result.document}\nresults   {_near(out / 'results.json')}\nreport    {_near(out / 'report.html')}")
+    return DONE if all(row["status"] == "finished" for row in result.rows) else BAD_INPUT
+
+
+def _numbers(option: str, given: str | None) -> list[int] | None:
+    if given is None:
+        return None
+    try:
+        return [int(number) for number in given.split(",")]
+    except ValueError:
+        raise RecipeError(f"{option}={given!r} must be whole numbers with commas between, such as 4,8") from None
+
+
+def _values(option: str, given: str) -> tuple[str, list[Any]]:
+    key, equals, values = given.partition("=")
+    if not equals or not key or not values:
+        raise RecipeError(f"{option} {given!r} must be a key and its values, such as {option} lr=1e-4,1e-3")
+    return key, [parse_yaml(value, f"{option} {given!r}") for value in values.split(",")]
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -230,10 +297,11 @@ def _summary(result: Any) -> str:
         "",
         f"{score['metric']} of {score['questions']} unseen questions: {before}{score['after']:.3f}{majority}",
         *_by_task(score),
-        f"loss: {loss[0]['loss']:.3f} at step 1, {loss[-1]['loss']:.3f} at step {loss[-1]['step']}",
         f"trained: {metrics['trainable_parameters']:,} of {metrics['total_parameters']:,} parameters, "
         f"{metrics['seconds_per_step']:.2f} s a step",
     ]
+    if loss:
+        lines.append(f"loss: {loss[0]['loss']:.3f} at step 1, {loss[-1]['loss']:.3f} at step {loss[-1]['step']}")
     change = metrics["phase_change"]
     if change:
         lines.append(f"directions identified after step {change['step']}, in {change['seconds']:.1f} s")
@@ -245,15 +313,16 @@ def _summary(result: Any) -> str:
         directions = result.model.directions()
         most = sorted(directions, key=lambda name: -float(directions[name].rates[0]))[:5]
         lines += ["", "most changed layers:", str(Directions({name: directions[name] for name in most}))]
-    lora = folder.adapter_lora if folder.adapter_lora.exists() else folder.adapter
-    lines += [
-        "",
-        f"run folder   {_near(folder.path)}",
-        f"adapter      {_near(folder.adapter)}",
-        f"plain LoRA   {_near(lora)}",
-        "next:",
-        f"  {_command()} evaluate {shlex.quote(_near(lora))}",
-    ]
+    lines += ["", f"run folder   {_near(folder.path)}"]
+    kept = {
+        "adapter": folder.adapter,
+        "plain LoRA": folder.adapter if metrics["method"] == "lora" else folder.adapter_lora,
+        "model": folder.model,
+    }
+    there = {name: path for name, path in kept.items() if path.exists()}
+    lines += [f"{name:12} {_near(path)}" for name, path in there.items()]
+    if there:
+        lines += ["next:", f"  {_command()} evaluate {shlex.quote(_near(list(there.values())[-1]))}"]
     if change:
         lines += [
             f"  {_command()} export {shlex.quote(_near(folder.adapter))} OUT --rank 8",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -79,6 +79,8 @@ class Data(_Section):
     """The tasks of a suite to score on; all there are without it."""
     train_tasks: list[str] | None = None
     """The tasks of a suite to train on; without it the folder's ready mixture, or all tasks there are."""
+    validation_size: int | None = Field(default=None, ge=1)
+    """Training rows that are not trained on, for `evaluation.on: validation`."""
     seed: int | None = None
     """Chooses generated, held-out or (`train_size` of a suite) training rows; the recipe's `seed` without it."""
 
@@ -196,8 +198,11 @@ class Adapter(_Section):
         return self
 
 
+DIRECTION_METHODS = ("lora-tsd", "lora-dash", "lora-init")
+
+
 class Directions(_Section):
-    """What a method of task-specific directions adds to LoRA; not used by `method: lora`. See `peft_tsd.TsdConfig`."""
+    """What a method of task-specific directions adds to LoRA; the others do not use it. See `peft_tsd.TsdConfig`."""
 
     prelaunch_steps: int = Field(default=100, ge=1)
     num_directions: int = Field(default=8, ge=1)
@@ -267,10 +272,12 @@ class Training(_Section):
 
 
 class Evaluation(_Section):
-    """Scoring, on the data's test rows."""
+    """Scoring."""
 
     before: bool = True
     """Score the model before training too."""
+    on: Literal["test", "validation"] = "test"
+    """What is scored: the test rows, or the `data.validation_size` rows held out of the training rows."""
     batch_size: int = Field(default=32, ge=1)
 
 
@@ -281,7 +288,10 @@ class Recipe(_Section):
     model: Model
     data: Data = Data()
     task: Task
-    method: Literal["lora-tsd", "lora-dash", "lora-init", "lora"] = "lora-tsd"
+    method: Literal["lora-tsd", "lora-dash", "lora-init", "lora", "dora", "pissa", "adalora", "full", "base"] = (
+        "lora-tsd"
+    )
+    """See `methods`."""
     adapter: Adapter = Adapter()
     directions: Directions = Directions()
     optimizer: Optimizer = Optimizer()
@@ -334,11 +344,23 @@ class Recipe(_Section):
 
     def check_steps(self, steps: int) -> None:
         """Refuse a run that would end before, or at, the transition."""
-        if self.method != "lora" and steps <= self.directions.prelaunch_steps:
+        if self.uses_directions and steps <= self.directions.prelaunch_steps:
             raise RecipeError(
                 f"training is {steps} steps long, and directions.prelaunch_steps={self.directions.prelaunch_steps} of "
                 f"them are {self.method}'s pre-launch: train for more steps than that, or give fewer prelaunch_steps"
             )
+
+    @model_validator(mode="after")
+    def _something_to_validate_on(self) -> Recipe:
+        if self.evaluation.on == "validation" and self.data.validation_size is None:
+            raise ValueError(
+                "evaluation.on=validation scores rows held out of training; say how many with data.validation_size=N"
+            )
+        return self
+
+    @property
+    def uses_directions(self) -> bool:
+        return self.method in DIRECTION_METHODS
 
     @property
     def data_seed(self) -> int:
@@ -349,12 +371,13 @@ class Recipe(_Section):
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 
-def load_recipe(reference: str, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(reference: str, overrides: Iterable[str] = (), settings: Mapping[str, Any] | None = None) -> Recipe:
     """Read and check a recipe.
 
     Args:
         reference: Path of a YAML file, or the name of a recipe shipped with the package.
         overrides: `key=value` each, the key dotted (`training.steps`), the value YAML; or `NAME=ROW` of a choice.
+        settings: Values by dotted key, set after the overrides.
 
     Raises:
         RecipeError: Not found, not YAML, an unknown key, a wrong type or value.
@@ -367,6 +390,8 @@ def load_recipe(reference: str, overrides: Iterable[str] = ()) -> Recipe:
             _set(content, key, value, f"choices.{name}.table.{row}: {key}={value!r}")
     for override in rest:
         _apply(content, override)
+    for key, value in (settings or {}).items():
+        _set(content, key, value, f"{key}={value!r}")
     # Runs of one recipe with other choices are other runs.
     content.setdefault("output", str(Path("runs") / "-".join([path.stem, *chosen.values()])))
     return check_recipe(content)
@@ -382,7 +407,7 @@ def choices_of(reference: str) -> dict[str, Choice]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Choice]]:
-    content = _parse(path.read_text(encoding="utf-8"), str(path))
+    content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys; got {type(content).__name__}")
     return content, take_choices(content, str(path))
@@ -459,7 +484,12 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _parse(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
+    """What YAML `text` says.
+
+    Raises:
+        RecipeError: It is not YAML; `where` says where it stood.
+    """
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -470,7 +500,7 @@ def _apply(content: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"cannot read {override!r}; an override is key=value, such as training.steps=100")
-    _set(content, key, _parse(value, f"override {override!r}"), override)
+    _set(content, key, parse_yaml(value, f"override {override!r}"), override)
 
 
 def _set(content: dict[str, Any], key: str, value: Any, given: str) -> None:

@@ -15,9 +15,9 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from .loading import check_target_modules, load_skeleton
+from .methods import adapter_config
 from .recipe import Recipe, RecipeError
 from .tasks.glue import Glue, glue_task
-from .training import adapter_config
 
 
 def check_recipe_model(recipe: Recipe) -> dict[str, int]:
@@ -34,7 +34,7 @@ def check_recipe_model(recipe: Recipe) -> dict[str, int]:
     skeleton = load_skeleton(config, auto_class)
     check_target_modules(recipe.adapter.target_modules, skeleton)
     adapted = get_peft_model(
-        skeleton, adapter_config(recipe, "SEQ_CLS" if classifies else "CAUSAL_LM"), low_cpu_mem_usage=True
+        skeleton, adapter_config(recipe, "SEQ_CLS" if classifies else "CAUSAL_LM", steps=1), low_cpu_mem_usage=True
     )
     parts: dict[str, int] = {}
     for name, parameter in adapted.named_parameters():

@@ -6,6 +6,7 @@
     checkpoints/    what a stopped run continues from
     adapter/        the adapter, as PEFT loads it
     adapter-lora/   the same as a plain LoRA
+    model/          instead of both, the whole model where `method: full` trained it
 
 Whatever is written gets a temporary name first and is renamed when it is whole. Trainer writes its checkpoints under
 their final name; one counts as complete when it holds `complete.json`, written last, and every file that one lists.
@@ -38,6 +39,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
         self.adapter_lora = self.path / "adapter-lora"
+        self.model = self.path / "model"
 
     def check_free(self) -> None:
         """Refuse a folder that exists.
@@ -64,7 +66,9 @@ class RunFolder:
             )
         begun = _flat(load_recipe(str(self.recipe)).model_dump())
         now = _flat(recipe.model_dump())
-        for key in sorted((begun.keys() | now.keys()) - _MAY_DIFFER):
+        # The labels of a classifier may come from its data, and are in the recipe that was kept.
+        unsaid = {"task.labels"} if recipe.task.labels is None else set()
+        for key in sorted((begun.keys() | now.keys()) - _MAY_DIFFER - unsaid):
             if begun.get(key) != now.get(key):
                 raise RecipeError(
                     f"resume=true, and {key}={now.get(key)!r} differs from {begun.get(key)!r}, with which the run in "
@@ -94,12 +98,12 @@ class RunFolder:
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """Replace the metrics."""
-        _write_text(self.metrics, _json(metrics))
+        write_text(self.metrics, _json(metrics))
 
     def mark_complete(self, checkpoint: Path, progress: dict[str, Any]) -> None:
         """Declare a checkpoint complete, keeping `progress` beside it."""
         sizes = {p.relative_to(checkpoint).as_posix(): p.stat().st_size for p in checkpoint.rglob("*") if p.is_file()}
-        _write_text(checkpoint / COMPLETE, _json({"files": sizes, "progress": progress}))
+        write_text(checkpoint / COMPLETE, _json({"files": sizes, "progress": progress}))
 
     def last_complete(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest complete checkpoint and its progress, or None."""
@@ -142,7 +146,8 @@ def _progress_of(checkpoint: Path) -> dict[str, Any] | None:
     return record["progress"] if whole else None
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Replace a file, at once."""
     temporary = path.with_name(f".{path.name}.part")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -26,10 +26,10 @@ from types import FrameType
 from typing import Any, Literal, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
@@ -37,7 +37,8 @@ from transformers.training_args import OptimizerNames
 from .config import TsdConfig
 from .export import export_lora
 from .folders import write_folder
-from .loading import check_target_modules, load_config, load_model, load_skeleton, load_tokenizer, locate
+from .loading import Source, check_target_modules, load_config, load_model, load_skeleton, load_tokenizer, locate
+from .methods import AdaLoraCallback, adapter_config, without_weights
 from .model import PrelaunchWarning
 from .recipe import SUITES, Recipe, RecipeError, did_you_mean
 from .run_folder import RunFolder, find_run
@@ -60,8 +61,8 @@ class Result(NamedTuple):
 
     folder: RunFolder
     metrics: dict[str, Any]
-    model: PeftModel | None
-    """None where the run had been finished before."""
+    model: Any
+    """With its adapter, if the method has one. None where the run had been finished before."""
 
 
 def train(recipe: Recipe) -> Result:
@@ -83,7 +84,7 @@ def evaluate(
     """Score the adapter of a run folder, or an adapter folder, native or exported.
 
     Args:
-        path: A run folder (its `adapter/` is scored), or an adapter's own folder.
+        path: A run folder (its `adapter/` is scored, or its `model/`), or an adapter's own folder.
         recipe: On what to score; by default the recipe of the run that the adapter lies in.
         change: Applied to that recipe.
 
@@ -91,22 +92,34 @@ def evaluate(
         RecipeError: No adapter or no recipe is there, or the recipe cannot be carried out.
     """
     folder = Path(path).expanduser()
-    adapter = folder if (folder / "adapter_config.json").is_file() else RunFolder(folder).adapter
+    run = RunFolder(folder)
+    if run.model.is_dir():
+        return _evaluate(change(recipe or find_run(folder)), run.model)
+    adapter = folder if (folder / "adapter_config.json").is_file() else run.adapter
     if not (adapter / "adapter_config.json").is_file():
         found = "no finished adapter" if folder.is_dir() else "no such folder"
         raise RecipeError(f"{path!r}: {found}; give a run folder that has adapter/, or an adapter's folder")
-    job = _prepare(change(recipe or find_run(folder)), to_train=False)
-    base = job.load_base()
-    try:
-        model = PeftModel.from_pretrained(base, adapter)
-    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
-        message = " ".join(str(error).split())[:400]
-        raise RecipeError(f"{str(adapter)!r} does not load onto {job.recipe.model.name!r}: {message}") from None
+    return _evaluate(change(recipe or find_run(folder)), adapter)
+
+
+def _evaluate(recipe: Recipe, trained: Path) -> dict[str, Any]:
+    whole = not (trained / "adapter_config.json").is_file()
+    base_name = recipe.model.name
+    if whole:
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": str(trained)})})
+    job = _prepare(recipe, to_train=False)
+    model = job.load_base()
+    if not whole:
+        try:
+            model = PeftModel.from_pretrained(model, trained)
+        except (ValueError, RuntimeError, OSError, SafetensorError) as error:
+            message = " ".join(str(error).split())[:400]
+            raise RecipeError(f"{str(trained)!r} does not load onto {base_name!r}: {message}") from None
     started = time.perf_counter()
     scores = job.scores(model.to(_device()), "scoring")
     return {
-        "adapter": str(adapter),
-        "model": job.recipe.model.name,
+        ("whole_model" if whole else "adapter"): str(trained),
+        "model": base_name,
         "metric": job.task.metric,
         "score": job.average(scores),
         "questions": job.material.questions,
@@ -124,7 +137,8 @@ class _Job(NamedTuple):
     rows: list[dict[str, Any]]
     """The training examples as tokens; empty where nothing will be trained."""
     tokenizer: Any
-    adapter_config: LoraConfig
+    adapter_config: PeftConfig | None
+    """None where the method has no adapter."""
     steps: int
     load_base: Callable[[], Any]
 
@@ -138,7 +152,10 @@ class _Job(NamedTuple):
         """Every metric of every task."""
         model.eval()
         found = {}
-        with tqdm(total=self.material.questions, desc=title, unit="question") as bar:
+        dtype = getattr(torch, self.recipe.model.dtype)
+        # Full fine-tuning keeps its weights in float32 and computes in the recipe's dtype.
+        casting = torch.autocast(model.device.type, dtype, enabled=next(model.parameters()).dtype != dtype)
+        with casting, tqdm(total=self.material.questions, desc=title, unit="question") as bar:
 
             def done(questions: int) -> None:
                 bar.update(questions)
@@ -154,50 +171,107 @@ class _Job(NamedTuple):
         return sum(metrics[self.task.metric] for metrics in scores.values()) / len(scores)
 
 
+class _Read(NamedTuple):
+    """What a recipe names, read; of the model only its configuration."""
+
+    source: Source
+    task: Family
+    material: Material
+    config: Any
+    tokenizer: Any
+    rows: list[dict[str, Any]]
+
+
+def check(recipes: Iterable[Recipe]) -> None:
+    """Refuse what `train` would, without making anything; recipes of the same data share the reading of them.
+
+    Raises:
+        RecipeError: As `train`.
+    """
+    known: dict[str, _Read] = {}
+    for recipe in recipes:
+        key = json.dumps(
+            [
+                recipe.model.name,
+                recipe.data.model_dump(),
+                recipe.task.model_dump(),
+                recipe.data_seed,
+                recipe.evaluation.on,
+            ]
+        )
+        if key not in known:
+            known[key] = _read(recipe, to_train=True)
+        _checked(recipe, known[key], to_train=True)
+
+
 def _prepare(recipe: Recipe, *, to_train: bool = True) -> _Job:
     """Find out that a recipe can be carried out, without reading or fetching a weight."""
     folder = RunFolder(recipe.output)
     if to_train and not recipe.resume:
         folder.check_free()
-    _check_choice("optimizer.name", recipe.optimizer.name, [name.value for name in OptimizerNames])
-    _check_choice("optimizer.schedule", recipe.optimizer.schedule, [name.value for name in SchedulerType])
-    source = locate(recipe.model)
-    task, material = load_task(recipe, to_train=to_train)
+    read = _read(recipe, to_train=to_train)
+    source, task, material, config, tokenizer, rows = read
     if isinstance(task, Classification):
         resolved = recipe.task.model_copy(update={"labels": task.labels})
         recipe = recipe.model_copy(update={"task": resolved})
     if to_train and recipe.resume:
         folder.check_resumable(recipe)
-    steps = recipe.training.total_steps(len(material.train))
-    if to_train:
-        recipe.check_steps(steps)
+    steps = _checked(recipe, read, to_train=to_train)
 
+    def load_base() -> Any:
+        # A classifier's new head is drawn here, and must be the same whenever the run is continued or scored.
+        set_seed(recipe.seed)
+        dtype = "float32" if recipe.method == "full" and to_train else recipe.model.dtype
+        model = load_model(source, config, task.auto_class, dtype)
+        # A GGUF file carries a title, which the saved adapter would otherwise name as its base model.
+        model.name_or_path = source.name
+        return model
+
+    made = adapter_config(recipe, task.peft_task_type, steps)
+    return _Job(recipe, task, material, rows, tokenizer, made, steps, load_base)
+
+
+def _read(recipe: Recipe, *, to_train: bool) -> _Read:
+    _check_choice("optimizer.name", recipe.optimizer.name, [name.value for name in OptimizerNames])
+    _check_choice("optimizer.schedule", recipe.optimizer.schedule, [name.value for name in SchedulerType])
+    source = locate(recipe.model)
+    task, material = load_task(recipe, to_train=to_train)
     config = load_config(source, **task.config_fields)
     tokenizer = load_tokenizer(source)
     rows = task.encode(material.train, tokenizer) if to_train else []
     if config.get_text_config().pad_token_id is None:
         config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    skeleton = load_skeleton(config, task.auto_class, trust_remote_code=recipe.model.trust_remote_code)
+    return _Read(source, task, material, config, tokenizer, rows)
+
+
+def _checked(recipe: Recipe, read: _Read, *, to_train: bool) -> int:
+    """The optimizer steps of a run that can be carried out.
+
+    Raises:
+        RecipeError: It cannot.
+    """
+    steps = recipe.training.total_steps(len(read.material.train))
+    if to_train:
+        recipe.check_steps(steps)
+    skeleton = load_skeleton(read.config, read.task.auto_class, trust_remote_code=recipe.model.trust_remote_code)
+    trained = _fit(recipe, read.task, skeleton, steps)
+    if to_train:
+        _check_disk(recipe, RunFolder(recipe.output), trained, steps)
+    return steps
+
+
+def _fit(recipe: Recipe, task: Family, skeleton: PreTrainedModel, steps: int) -> int:
+    """Numbers that a run would train; raises RecipeError where the adapter does not fit the model."""
     # PEFT writes the skeleton's module names into this one; the run gets another.
-    tried = adapter_config(recipe, task.peft_task_type)
+    tried = adapter_config(recipe, task.peft_task_type, steps)
+    if tried is None:
+        return sum(p.numel() for p in skeleton.parameters()) if recipe.method == "full" else 0
     check_target_modules(recipe.adapter.target_modules, skeleton)
     try:
-        adapted = get_peft_model(skeleton, tried, low_cpu_mem_usage=True)
+        adapted = get_peft_model(skeleton, without_weights(tried), low_cpu_mem_usage=True)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise RecipeError(f"adapter: {' '.join(str(error).split())}") from None
-    if to_train:
-        _check_disk(recipe, folder, adapted, steps)
-
-    def load_base() -> Any:
-        # A classifier's new head is drawn here, and must be the same whenever the run is continued or scored.
-        set_seed(recipe.seed)
-        model = load_model(source, config, task.auto_class, recipe.model.dtype)
-        # A GGUF file carries a title, which the saved adapter would otherwise name as its base model.
-        model.name_or_path = source.name
-        return model
-
-    made = adapter_config(recipe, task.peft_task_type)
-    return _Job(recipe, task, material, rows, tokenizer, made, steps, load_base)
+    return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
 def _run(job: _Job, stop: _Stop) -> Result:
@@ -229,7 +303,8 @@ def _run(job: _Job, stop: _Stop) -> Result:
         stop.check()
 
         if isinstance(job.task, Classification):
-            metrics["score"]["majority"] = job.task.majority(job.material.tests["test"])
+            [tests] = job.material.tests.values()
+            metrics["score"]["majority"] = job.task.majority(tests)
         if recipe.evaluation.before and "before" not in metrics["score"]:
             scores = job.scores(base.to(_device()), "scoring before training", stop.check)
             _record_scores(metrics["score"], job, scores, "before")
@@ -237,23 +312,24 @@ def _run(job: _Job, stop: _Stop) -> Result:
 
         model, progress = _trained(job, base, folder, stop)
         stop.check()
-        if not folder.adapter.exists():
-            write_folder(folder.adapter, lambda path: _save_adapter(model, job.tokenizer, path))
-        if recipe.method != "lora" and not folder.adapter_lora.exists():
+        kept = folder.model if job.adapter_config is None else folder.adapter
+        if recipe.method != "base" and not kept.exists():
+            write_folder(kept, lambda path: _save(model, job.tokenizer, path))
+        if recipe.uses_directions and not folder.adapter_lora.exists():
             log.info("exported %s", export_lora(model, folder.adapter_lora))
 
         _record_scores(metrics["score"], job, job.scores(model, "scoring after training", stop.check), "after")
-        trainable, total = model.get_nb_trainable_parameters()
-        steps_timed = max(1, progress["steps_timed"])
+        trainable, total = _count(model, recipe)
         metrics |= {
             "status": "finished",
             "trainable_parameters": trainable,
             "total_parameters": total,
-            "steps": job.steps,
-            "seconds_per_step": progress["seconds"] / steps_timed,
+            "steps": progress["step"],
+            "seconds_per_step": progress["seconds"] / max(1, progress["steps_timed"]),
             "peak_memory_bytes": max(_peak_memory() or 0, progress["peak_memory_bytes"] or 0) or None,
             "phase_change": progress["transitions"][0] if progress["transitions"] else None,
             "loss": progress["loss"],
+            "seconds": metrics.get("seconds", 0.0) + time.perf_counter() - started,
         }
         folder.write_metrics(metrics)
         log.info("finished")
@@ -272,22 +348,27 @@ def _record_scores(
     log.info("%s %s training: %.4f", job.task.metric, when, record[when])
 
 
-def _trained(job: _Job, base: Any, folder: RunFolder, stop: _Stop) -> tuple[PeftModel, dict[str, Any]]:
+def _trained(job: _Job, base: Any, folder: RunFolder, stop: _Stop) -> tuple[Any, dict[str, Any]]:
     """The model after its last step, and the progress that was recorded."""
+    if job.recipe.method == "base":
+        return base.to(_device()), _begun()
     dropped = folder.drop_incomplete()
     if dropped:
         log.info("removed half-written %s", ", ".join(dropped))
     last = folder.last_complete()
     if last is not None and last[1]["step"] >= job.steps:
         # Trainer, given a checkpoint of the last step, would take one more.
-        model = PeftModel.from_pretrained(base, last[0], is_trainable=True)
+        if job.adapter_config is None:
+            model = type(base).from_pretrained(last[0])
+        else:
+            model = PeftModel.from_pretrained(base, last[0], is_trainable=True)
         return model.to(_device()), last[1]
 
     recipe = job.recipe
     set_seed(recipe.seed)
     if recipe.training.gradient_checkpointing:
         base.gradient_checkpointing_enable()
-    model = get_peft_model(base, job.adapter_config)
+    model = base.requires_grad_(True) if job.adapter_config is None else get_peft_model(base, job.adapter_config)
     schedule = TsdCallback() if isinstance(job.adapter_config, TsdConfig) else None
     record = _Record(folder, job.steps, stop, schedule, last[1] if last else None)
     trainer = Trainer(
@@ -298,6 +379,8 @@ def _trained(job: _Job, base: Any, folder: RunFolder, stop: _Stop) -> tuple[Peft
         # The record comes first, so that its seconds a step leave the transition out.
         callbacks=[record, schedule] if schedule else [record],
     )
+    if isinstance(job.adapter_config, AdaLoraConfig):
+        trainer.add_callback(AdaLoraCallback())
     trainer.remove_callback(PrinterCallback)
     with warnings.catch_warnings():
         # A run that is stopped in its pre-launch is going to be continued.
@@ -325,7 +408,7 @@ class _Record(TrainerCallback):
         self._stop = stop
         self._schedule = schedule
         self._transitions_before = before["transitions"] if before else []
-        self.progress: dict[str, Any] = before or {"step": 0, "seconds": 0.0, "steps_timed": 0, "loss": []}
+        self.progress = before or _begun()
         self._bar: Any = None
         self._started = 0.0
 
@@ -372,22 +455,23 @@ class _Record(TrainerCallback):
         self.progress["peak_memory_bytes"] = max(self.progress.get("peak_memory_bytes") or 0, _peak_memory() or 0)
 
 
-def adapter_config(recipe: Recipe, task_type: str) -> LoraConfig:
-    """The adapter a recipe describes.
+def _begun() -> dict[str, Any]:
+    """The progress of a run that has taken no step."""
+    return {"step": 0, "seconds": 0.0, "steps_timed": 0, "loss": [], "transitions": [], "peak_memory_bytes": None}
 
-    Raises:
-        RecipeError: PEFT refuses it.
-    """
-    fields = {"task_type": task_type, **recipe.adapter.model_dump()}
-    try:
-        if recipe.method == "lora":
-            return LoraConfig(**fields)
-        return TsdConfig(method=recipe.method, **recipe.directions.model_dump(), **fields)
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"adapter: {' '.join(str(error).split())}") from None
+
+def _count(model: Any, recipe: Recipe) -> tuple[int, int]:
+    """Numbers trained, and numbers in the model."""
+    if isinstance(model, PeftModel):
+        trainable, total = model.get_nb_trainable_parameters()
+        return trainable, total
+    total = model.num_parameters()
+    return (total if recipe.method == "full" else 0), total
 
 
 def _training_arguments(recipe: Recipe, steps: int, folder: RunFolder) -> TrainingArguments:
+    # An adapter is kept in float32 by PEFT, beside base weights of the recipe's dtype; without one, autocast does it.
+    casts = recipe.model.dtype if recipe.method == "full" else "float32"
     return TrainingArguments(
         output_dir=str(folder.checkpoints),
         max_steps=steps,
@@ -399,6 +483,11 @@ def _training_arguments(recipe: Recipe, steps: int, folder: RunFolder) -> Traini
         lr_scheduler_type=recipe.optimizer.schedule,
         warmup_steps=recipe.optimizer.warmup(steps),
         max_grad_norm=recipe.optimizer.max_grad_norm,
+        bf16=casts == "bfloat16",
+        fp16=casts == "float16",
+        use_cpu=_device().type == "cpu",
+        # AdaLoRA's statistics are in no checkpoint: a run of it that was stopped begins anew.
+        save_strategy="no" if recipe.method == "adalora" else "steps",
         save_steps=recipe.training.save_every,
         save_total_limit=recipe.training.keep_checkpoints,
         # Every step: an average over several would break where a run is continued.
@@ -412,7 +501,7 @@ def _training_arguments(recipe: Recipe, steps: int, folder: RunFolder) -> Traini
     )
 
 
-def _save_adapter(model: PeftModel, tokenizer: Any, path: Path) -> None:
+def _save(model: Any, tokenizer: Any, path: Path) -> None:
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
 
@@ -422,12 +511,11 @@ def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:
         raise RecipeError(f"{key}={value!r} is not known{did_you_mean(value, choices)}")
 
 
-def _check_disk(recipe: Recipe, folder: RunFolder, adapted: PeftModel, steps: int) -> None:
-    """Refuse a run whose files would not fit."""
-    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+def _check_disk(recipe: Recipe, folder: RunFolder, trained: int, steps: int) -> None:
+    """Refuse a run whose files, with `trained` numbers, would not fit."""
     # A saved adapter and its plain export have, at most, A and B, their starting values, and the directions.
     r, directions = recipe.adapter.r, recipe.directions.num_directions
-    adapter = 4 * trained * (1 if recipe.method == "lora" else (2 * r + directions) / r)
+    adapter = 4 * trained * ((2 * r + directions) / r if recipe.uses_directions else 1)
     # A new checkpoint is written before an old one goes, and holds Adam's two moments too.
     checkpoints = min(recipe.training.keep_checkpoints + 1, -(-steps // recipe.training.save_every))
     needed = int(checkpoints * (adapter + 8 * trained) + 2 * adapter)
@@ -446,7 +534,7 @@ def _check_disk(recipe: Recipe, folder: RunFolder, adapted: PeftModel, steps: in
 def _facts(job: _Job) -> dict[str, Any]:
     """What a run is, for whoever reads its metrics later."""
     material = job.material
-    content = json.dumps([material.train, material.tests if job.is_suite else material.tests["test"]]).encode()
+    content = json.dumps([material.train, material.tests if job.is_suite else next(iter(material.tests.values()))])
     packages = ("peft-tsd", "torch", "transformers", "peft", "accelerate")
     return {
         "model": job.recipe.model.name,
@@ -455,7 +543,7 @@ def _facts(job: _Job) -> dict[str, Any]:
         "data": {
             "train": len(material.train),
             "test": material.questions,
-            "sha256": hashlib.sha256(content).hexdigest(),
+            "sha256": hashlib.sha256(content.encode()).hexdigest(),
         },
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "machine": {

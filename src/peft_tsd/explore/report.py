@@ -8,9 +8,7 @@ float32. Names of models and weights are untrusted: they travel as JSON and beco
 from __future__ import annotations
 
 import base64
-import hashlib
 import html
-import json
 from collections.abc import Sequence
 from importlib.resources import files
 from string import Template
@@ -18,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ..embedding import script_digest, script_json
 from .results import HIGHEST, Agreement, Exploration, FloatArray, Overlap, summary
 from .views import histogram, kinds, layers, representative, tail
 
@@ -46,7 +45,7 @@ def render(
     plotly, script = get_plotlyjs(), (page / "page.js").read_text("utf-8")
     return Template((page / "page.html").read_text("utf-8")).substitute(
         title=html.escape(f"Task-specific directions of {', '.join(one.tuned for one in explorations)}"),
-        scripts=f"{_digest(plotly)} {_digest(script)}",
+        scripts=f"{script_digest(plotly)} {script_digest(script)}",
         style=(page / "page.css").read_text("utf-8"),
         data=_data(explorations, overlap, agreement),
         plotly=plotly,
@@ -63,8 +62,7 @@ def _data(explorations: Sequence[Exploration], overlap: Overlap | None, agreemen
         for weight, row in zip(one.weights, model["weights"]):
             row["sigma"], row["rates"] = arrays.add(weight.sigma), arrays.add(weight.rates)
     data |= {"highest": HIGHEST, "arrays": arrays.texts}
-    # Only `<` could end the script element early; JSON knows it as \u003c too.
-    return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    return script_json(data)
 
 
 def _model(one: Exploration, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -156,11 +154,6 @@ def _percent(shares: Any) -> str:
     if 99.5 <= percent < 100:
         return "more than 99%"
     return f"{percent:.0f}%" if percent >= 9.95 or percent == 0 else f"{percent:.2g}%"
-
-
-def _digest(script: str) -> str:
-    """A script's source expression in a Content-Security-Policy."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
 class _Arrays:

@@ -15,7 +15,7 @@ from .commonsense import COMMONSENSE
 from .generation import Generation
 from .glue import Glue, glue_task, load_glue
 from .instructions import load_suite
-from .material import Material
+from .material import Material, hold_out
 from .math_problems import MATH
 from .sources import Example, load_examples
 
@@ -35,15 +35,24 @@ def load_task(recipe: Recipe, *, to_train: bool = True) -> tuple[Family, Materia
     Raises:
         RecipeError: Data are missing, or cannot be read.
     """
+    found, material = _load(recipe, to_train=to_train or recipe.evaluation.on == "validation")
+    if recipe.evaluation.on == "validation":
+        material = material._replace(tests={"validation": material.validation})
+    return found, material
+
+
+def _load(recipe: Recipe, *, to_train: bool) -> tuple[Family, Material]:
     task, data = recipe.task, recipe.data
     if task.family == "glue":
-        return Glue(task, glue_task(data)), load_glue(data, to_train=to_train)
+        return Glue(task, glue_task(data)), hold_out(
+            load_glue(data, to_train=to_train), data.validation_size, recipe.data_seed
+        )
     for suite in (COMMONSENSE, MATH):
         if task.family == suite.name:
             material = load_suite(suite, data, task.prompt, recipe.data_seed, to_train=to_train)
             return Generation(task, suite.reading), material
     train, test = load_examples(data, task.prompt, recipe.data_seed)
-    material = Material(train, {"test": test}, [], [])
+    material = hold_out(Material(train, {"test": test}, [], [], []), data.validation_size, recipe.data_seed)
     if task.family == "generate":
         return Generation(task), material
     # The training rows give a classifier its labels where the recipe does not.

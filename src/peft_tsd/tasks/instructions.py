@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from ..recipe import Data, RecipeError, did_you_mean
 from .generation import Reading
-from .material import Material, apart
+from .material import Material, apart, hold_out
 from .sources import Example, Row, fill_prompt, read_hub, read_rows
 
 
@@ -64,22 +64,28 @@ def load_suite(suite: Suite, data: Data, prompt: str, seed: int, *, to_train: bo
     notes: list[str] = []
     if data.folder is None:
         given = f"task.family={suite.name}"
-        tests = {task: _from_hub(suite, task, test=True) for task in data.tasks or suite.tasks}
+        asked = {task: _from_hub(suite, task, test=True) for task in data.tasks or suite.tasks}
         train_tasks = (data.train_tasks or suite.tasks) if to_train else ()
-        train = [row for task in train_tasks for row in _from_hub(suite, task, test=False)]
+        rows = [row for task in train_tasks for row in _from_hub(suite, task, test=False)]
     else:
         given = f"data.folder={data.folder!r}"
-        tests, missing = _tests_in(Path(data.folder), suite, data.tasks, notes)
-        train = _train_in(Path(data.folder), suite, data.train_tasks, notes) if to_train else []
+        asked, missing = _tests_in(Path(data.folder), suite, data.tasks, notes)
+        rows = _train_in(Path(data.folder), suite, data.train_tasks, notes) if to_train else []
+    learned = [_example(row, prompt, "output") for row in rows]
+    row_of = dict(zip(learned, rows))
     material = apart(
-        [_example(row, prompt, "output") for row in train],
-        {task: [_example(row, prompt, "answer") for row in rows] for task, rows in tests.items()},
+        learned,
+        {task: [_example(row, prompt, "answer") for row in tests] for task, tests in asked.items()},
         missing,
         data.test_size,
         given,
     )
     random.Random(seed).shuffle(material.train)
-    return material._replace(train=material.train[: data.train_size], notes=[*notes, *material.notes])
+    material = material._replace(train=material.train[: data.train_size], notes=[*notes, *material.notes])
+    material = hold_out(material, data.validation_size, seed)
+    # Scored as test rows are: by their answer, not by the text that is learned.
+    validation = [_example(row_of[example], prompt, "answer") for example in material.validation]
+    return material._replace(validation=validation)
 
 
 def _tests_in(

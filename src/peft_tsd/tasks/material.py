@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any, NamedTuple
 
 from ..recipe import RecipeError
@@ -17,6 +18,8 @@ class Material(NamedTuple):
     """Tasks asked for that have no data."""
     notes: list[str]
     """What the run's log should say about the data."""
+    validation: list[Any]
+    """Held out of the training rows."""
 
     @property
     def questions(self) -> int:
@@ -47,4 +50,22 @@ def apart(
         notes.append(f"no data to score on, left out: {', '.join(left_out)}")
     if len(unseen) < len(train):
         notes.append(f"left out {len(train) - len(unseen)} of {len(train)} training rows: test rows ask the same")
-    return Material(unseen, {task: examples[:test_size] for task, examples in tests.items()}, left_out, notes)
+    return Material(unseen, {task: examples[:test_size] for task, examples in tests.items()}, left_out, notes, [])
+
+
+def hold_out(material: Material, size: int | None, seed: int) -> Material:
+    """`material` with `size` of the training rows set aside as its `validation`, and none of what they ask trained on.
+
+    Raises:
+        RecipeError: Nothing would be left to train on.
+    """
+    if size is None or not material.train:
+        return material
+    held = random.Random(seed).sample(material.train, min(size, len(material.train)))
+    asked = {example[:-1] for example in held}
+    train = [example for example in material.train if example[:-1] not in asked]
+    if not train:
+        raise RecipeError(
+            f"data.validation_size={size} of {len(material.train)} training rows leaves none to train on; lower it"
+        )
+    return material._replace(train=train, validation=held)

@@ -1,0 +1,211 @@
+"""A comparison as one HTML file that opens offline: what came out, the table, and the curves behind it."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from statistics import fmean
+from string import Template
+from typing import Any
+
+from ..embedding import script_digest, script_json
+from ..errors import RecipeError
+from .plan import METHODS, Group, Plan
+from .results import Interval, Summary, group_of
+from .tables import cells, legend
+
+SIGNIFICANT = 0.05
+
+# Okabe and Ito's colours, which stay apart for colour-blind readers; a method has one, and a rank a kind of line.
+_COLOURS = ("#7f7f7f", "#000000", "#0072b2", "#56b4e9", "#cc79a7", "#b8860b", "#d55e00", "#009e73", "#9b30c9")
+_LINES = ("solid", "dash", "dot", "dashdot", "longdash")
+
+
+def check_installed() -> None:
+    """Refuse, before anything long, to go on without what draws the page and computes the statistics.
+
+    Raises:
+        RecipeError: plotly or SciPy is not installed.
+    """
+    try:
+        import plotly.offline  # noqa: F401
+        import scipy.stats  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise RecipeError(f"compare needs the package {error.name}: pip install 'peft-tsd[compare]'") from None
+
+
+def render(
+    plan: Plan,
+    rows: Sequence[Mapping[str, Any]],
+    tuned: Sequence[Mapping[str, Any]],
+    summaries: Sequence[Summary],
+    command: str,
+) -> str:
+    """The text of the page."""
+    from plotly.offline import get_plotlyjs
+
+    page = files("peft_tsd.compare") / "html"
+    plotly, script = get_plotlyjs(), (page / "page.js").read_text("utf-8")
+    return Template((page / "page.html").read_text("utf-8")).substitute(
+        title=html.escape(f"{plan.recipe}: {len(summaries)} settings compared"),
+        scripts=f"{script_digest(plotly)} {script_digest(script)}",
+        style=(page / "page.css").read_text("utf-8"),
+        finding=html.escape(finding(summaries)),
+        table=_table(summaries),
+        legend=html.escape(legend(plan, rows, tuned)),
+        command=html.escape(command),
+        data=script_json(_charts(plan, rows, tuned, summaries)),
+        plotly=plotly,
+        script=script,
+    )
+
+
+def finding(summaries: Sequence[Summary]) -> str:
+    """What the paired tests say, in words, the losing cases too."""
+    tested = [(s, s.against_lora) for s in summaries if s.against_lora and s.against_lora.adjusted_p is not None]
+    if not tested:
+        return "No method can be told apart from LoRA: that takes LoRA and another method, with two seeds or more."
+    clear = [(s, a) for s, a in tested if a.adjusted_p is not None and a.adjusted_p < SIGNIFICANT]
+    parts = []
+    for word, sign in (("better", 1), ("worse", -1)):
+        found = [(s, a) for s, a in clear if a.difference.mean * sign > 0]
+        if found:
+            listed = ", ".join(f"{s.group.label} ({100 * a.difference.mean:+.1f})" for s, a in found)
+            parts.append(f"{word} than LoRA of the same rank: {listed}")
+    rest = len(tested) - len(clear)
+    if rest:
+        parts.append(f"{'all' if not clear else 'the other'} {rest} not distinguishable from LoRA with these seeds")
+    text = "; ".join(parts)
+    return text[0].upper() + text[1:] + "."
+
+
+def _table(summaries: Sequence[Summary]) -> str:
+    heads, lines = cells(summaries)
+    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in heads)
+    body = "".join(
+        f'<tr><th scope="row">{html.escape(line[0])}</th>'
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in line[1:])
+        + "</tr>"
+        for line in lines
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _charts(
+    plan: Plan,
+    rows: Sequence[Mapping[str, Any]],
+    tuned: Sequence[Mapping[str, Any]],
+    summaries: Sequence[Summary],
+) -> list[dict[str, Any]]:
+    """Plotly figures with their captions, in the order of the page."""
+    charts = []
+    trained = [s for s in summaries if s.trainable_parameters]
+    if len(plan.ranks) > 1:
+        charts.append(_chart("Score by rank", "rank r", "score, points", _by_rank(trained), type="category"))
+    for key in sorted({key for s in trained for key, _ in s.group.variation}):
+        lines = _by_value(trained, key)
+        charts.append(_chart(f"Score by {key}", key, "score, points", lines, type="category"))
+    done = [row for row in rows if row["status"] == "finished" and row["loss"]]
+    for task in dict.fromkeys(row["task"] for row in done):
+        own = [row for row in done if row["task"] == task]
+        name = f"Training loss: {task}" if task else "Training loss"
+        charts.append(_chart(name, "step", "loss, mean over seeds", _losses(own, plan)))
+    if plan.tuning:
+        for task in dict.fromkeys(row["task"] for row in tuned):
+            own = [row for row in tuned if row["task"] == task and row["status"] == "finished"]
+            name = f"Score on validation rows by {plan.tuning.key}" + (f": {task}" if task else "")
+            charts.append(_chart(name, plan.tuning.key, "score, points", _tuned(own, plan), type="category"))
+    return charts
+
+
+def _chart(caption: str, x: str, y: str, traces: list[dict[str, Any]], **x_axis: Any) -> dict[str, Any]:
+    layout = {"xaxis": {"title": {"text": x}, **x_axis}, "yaxis": {"title": {"text": y}}}
+    return {"caption": caption, "data": traces, "layout": layout}
+
+
+def _by_rank(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
+    lines: dict[Group, list[Summary]] = {}
+    for summary in summaries:
+        if summary.group.rank is not None:
+            lines.setdefault(summary.group._replace(rank=None), []).append(summary)
+    return [
+        _scores(group.label, group, [str(s.group.rank) for s in own], [s.average for s in own])
+        for group, own in lines.items()
+    ]
+
+
+def _by_value(summaries: Sequence[Summary], key: str) -> list[dict[str, Any]]:
+    lines: dict[Group, list[Summary]] = {}
+    for summary in summaries:
+        if key in dict(summary.group.variation):
+            rest = tuple(pair for pair in summary.group.variation if pair[0] != key)
+            lines.setdefault(summary.group._replace(variation=rest), []).append(summary)
+    return [
+        _scores(group.label, group, [str(dict(s.group.variation)[key]) for s in own], [s.average for s in own])
+        for group, own in lines.items()
+    ]
+
+
+def _scores(name: str, group: Group, x: list[str], values: Sequence[Interval]) -> dict[str, Any]:
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": name,
+        "x": x,
+        "y": [100 * value.mean for value in values],
+        "error_y": {"type": "data", "array": [100 * (value.half or 0) for value in values], "thickness": 1},
+        "line": {"color": _colour(group.method)},
+    }
+
+
+def _losses(rows: Sequence[Mapping[str, Any]], plan: Plan) -> list[dict[str, Any]]:
+    groups: dict[Group, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(group_of(row), []).append(row)
+    traces = []
+    for group, own in groups.items():
+        steps = [step for step, _ in own[0]["loss"]]
+        losses = [fmean(row["loss"][i][1] for row in own if i < len(row["loss"])) for i in range(len(steps))]
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "name": group.label,
+                "x": steps,
+                "y": _smooth(losses),
+                "line": {"color": _colour(group.method), "dash": _line(group.rank, plan), "width": 1.5},
+            }
+        )
+    return traces
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """A running mean over a twentieth of the curve."""
+    width = max(1, len(values) // 20)
+    return [fmean(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
+
+
+def _tuned(rows: Sequence[Mapping[str, Any]], plan: Plan) -> list[dict[str, Any]]:
+    groups: dict[Group, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(group_of(row), []).append(row)
+    return [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": group.label,
+            "x": [str(row["value"]) for row in own],
+            "y": [100 * row["score"] for row in own],
+            "line": {"color": _colour(group.method), "dash": _line(group.rank, plan)},
+        }
+        for group, own in groups.items()
+    ]
+
+
+def _colour(method: str) -> str:
+    return _COLOURS[METHODS.index(method)]
+
+
+def _line(rank: int | None, plan: Plan) -> str:
+    return _LINES[plan.ranks.index(rank) % len(_LINES)] if rank in plan.ranks else _LINES[0]

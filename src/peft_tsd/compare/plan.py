@@ -1,0 +1,238 @@
+"""Which runs a comparison is made of: every method at every rank, on every task, with every seed.
+
+What differs between two runs is in a cell; everything else is the recipe's. So every method trains on the same rows in
+the same order, for the same number of steps, and is scored alike.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ..errors import RecipeError, did_you_mean
+from ..recipe import Recipe, choices_of, load_recipe
+
+METHODS = ("base", "full", "lora", "dora", "pissa", "adalora", "lora-dash", "lora-init", "lora-tsd")
+RANKLESS = ("base", "full")
+
+# What each method makes use of under `directions`; varying the others would repeat a run under another name.
+_ALL = {"prelaunch_steps", "num_directions", "init_reading", "dash_lr_ratio", "dash_unit", "selection", "eps"}
+USED = {
+    "lora-dash": _ALL - {"init_reading"},
+    "lora-init": _ALL - {"num_directions", "dash_lr_ratio", "dash_unit"},
+    "lora-tsd": _ALL,
+}
+
+
+class Cell(NamedTuple):
+    """One run."""
+
+    task: str | None
+    """A row of the recipe's `task` choice, where it has one."""
+    method: str
+    rank: int | None
+    """None where the method has none."""
+    variation: tuple[tuple[str, Any], ...]
+    """Keys that are varied besides, with their values."""
+    seed: int
+
+    @property
+    def group(self) -> Group:
+        """What this run shares with those of other tasks and seeds."""
+        return Group(self.method, self.rank, self.variation)
+
+    @property
+    def path(self) -> str:
+        """Where it lies under the runs of a comparison."""
+        parts = [self.task, self.group.label.replace(", ", "-").replace(" ", "-"), f"seed-{self.seed}"]
+        return "/".join(re.sub(r"[^\w.=+-]", "_", part) for part in parts if part)
+
+
+class Group(NamedTuple):
+    """What is compared."""
+
+    method: str
+    rank: int | None
+    variation: tuple[tuple[str, Any], ...]
+
+    @property
+    def label(self) -> str:
+        rank = "" if self.rank is None else f" r{self.rank}"
+        return self.method + rank + "".join(f", {key.rpartition('.')[2]}={value}" for key, value in self.variation)
+
+
+class Tuning(NamedTuple):
+    """A setting that is chosen for every method alike, on rows held out of training."""
+
+    key: str
+    values: tuple[Any, ...]
+
+
+class Plan(NamedTuple):
+    """A comparison, before it is run."""
+
+    recipe: str
+    overrides: tuple[str, ...]
+    methods: tuple[str, ...]
+    ranks: tuple[int, ...]
+    seeds: tuple[int, ...]
+    tasks: tuple[str | None, ...]
+    variations: tuple[tuple[tuple[str, Any], ...], ...]
+    tuning: Tuning | None
+    validation_size: int
+
+    def cells(self) -> list[Cell]:
+        """All runs, seed by seed: what is done when a comparison is stopped is a smaller one."""
+        return list(dict.fromkeys(self._cells(self.seeds, self.ranks)))
+
+    def tuned_cells(self) -> list[Cell]:
+        """The settings that are tuned: each method on each task, at the first rank and with the first seed."""
+        cells = dict.fromkeys(self._cells(self.seeds[:1], self.ranks[:1]))
+        return [cell for cell in cells if cell.method != "base"] if self.tuning else []
+
+    def _cells(self, seeds: Sequence[int], ranks: Sequence[int]) -> Iterator[Cell]:
+        for seed, task, method, rank, variation in itertools.product(
+            seeds, self.tasks, self.methods, ranks, self.variations
+        ):
+            used = tuple(pair for pair in variation if _uses(method, pair[0]))
+            yield Cell(task, method, None if method in RANKLESS else rank, used, seed)
+
+    def tuned_cell(self, cell: Cell) -> Cell:
+        """The one whose tuning `cell` goes by."""
+        return cell._replace(seed=self.seeds[0], rank=cell.rank and self.ranks[0])
+
+    def recipe_of(self, cell: Cell, output: str, tuned: Any = None, *, validate: bool = False) -> Recipe:
+        """The recipe of a run.
+
+        Args:
+            cell: Which run.
+            output: Its folder.
+            tuned: The value of the tuned setting.
+            validate: Score the rows held out of training, not the test rows.
+
+        Raises:
+            RecipeError: As `load_recipe`.
+        """
+        overrides = [] if cell.task is None else [f"task={cell.task}"]
+        settings: dict[str, Any] = {}
+        known = choices_of(self.recipe).get("rank")
+        if cell.rank is not None and known and str(cell.rank) in known.table:
+            # Such a row may hold a learning rate too.
+            overrides.append(f"rank={cell.rank}")
+        elif cell.rank is not None:
+            adapter = load_recipe(self.recipe, [*overrides, *self.overrides]).adapter
+            settings["adapter.r"] = cell.rank
+            settings["adapter.lora_alpha"] = round(cell.rank * adapter.lora_alpha / adapter.r)
+        settings |= dict(cell.variation)
+        if self.tuning is not None:
+            settings["data.validation_size"] = self.validation_size
+            if tuned is not None:
+                settings[self.tuning.key] = tuned
+        settings |= {
+            "method": cell.method,
+            "seed": cell.seed,
+            "evaluation.before": False,
+            "evaluation.on": "validation" if validate else "test",
+            "output": output,
+        }
+        return load_recipe(self.recipe, [*overrides, *self.overrides], settings)
+
+
+def _uses(method: str, key: str) -> bool:
+    section, _, name = key.rpartition(".")
+    if section == "directions":
+        return name in USED.get(method, ())
+    return not (section == "adapter" and method in RANKLESS)
+
+
+def make_plan(
+    recipe: str,
+    overrides: Sequence[str] = (),
+    *,
+    methods: Sequence[str] = METHODS,
+    ranks: Sequence[int] | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    tasks: Sequence[str] | None = None,
+    vary: Mapping[str, Sequence[Any]] | None = None,
+    tune: tuple[str, Sequence[Any]] | None = None,
+    validation_size: int = 200,
+) -> Plan:
+    """Check what is to be compared.
+
+    Args:
+        recipe: A YAML file, or a shipped recipe's name.
+        overrides: `key=value` each, for every run.
+        methods: Of `METHODS`.
+        ranks: LoRA's r; α stays in the recipe's proportion to it. The recipe's own without it.
+        seeds: Of the data order, the adapter's start, a classifier's new head.
+        tasks: Rows of the recipe's `task` choice; its default without it.
+        vary: Further keys with their values; every combination is run, of the methods that use the key.
+        tune: A key (`lr` is `optimizer.learning_rate`) and its values. Each method is trained with each value on each
+            task, at the first rank and with the first seed, and keeps the value that scores best on rows held out of
+            training.
+        validation_size: How many rows those are; held out in every run of a tuned comparison.
+
+    Raises:
+        RecipeError: Something is unknown, empty or given twice.
+    """
+    choices = choices_of(recipe)
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key in _SWEPT:
+            raise RecipeError(f"{override!r}: compare sets {key} itself; {_SWEPT[key]}")
+    for name, given in (("methods", methods), ("ranks", ranks), ("seeds", seeds), ("tasks", tasks)):
+        if given is not None and (not given or len(set(given)) < len(given)):
+            raise RecipeError(f"--{name} must name one or more, each once; got {', '.join(map(str, given)) or 'none'}")
+    for method in methods:
+        if method not in METHODS:
+            raise RecipeError(f"--methods: {method!r} is no method{did_you_mean(method, METHODS)}")
+    if tasks is not None:
+        if "task" not in choices:
+            raise RecipeError(f"--tasks={','.join(tasks)}: the recipe {recipe!r} has no choice of task; leave it out")
+        for task in tasks:
+            if task not in choices["task"].table:
+                raise RecipeError(f"--tasks: the recipe has no {task!r}{did_you_mean(task, choices['task'].table)}")
+    own = load_recipe(recipe, overrides)
+    default_task = choices["task"].default if "task" in choices else None
+    varied = [[(key, value) for value in values] for key, values in (vary or {}).items()]
+    for key in (*(vary or {}), *((tune[0],) if tune else ())):
+        if key in _SWEPT:
+            raise RecipeError(f"{key!r} can be neither varied nor tuned; {_SWEPT[key]}")
+    tuning = None
+    if tune is not None:
+        key, values = tune
+        tuning = Tuning({"lr": "optimizer.learning_rate"}.get(key, key), tuple(values))
+        if len(values) < 2:
+            raise RecipeError(f"--tune {key} needs two values or more to choose from; got {list(values)}")
+    plan = Plan(
+        recipe=recipe,
+        overrides=tuple(overrides),
+        methods=tuple(methods),
+        ranks=tuple(ranks or (own.adapter.r,)),
+        seeds=tuple(seeds),
+        tasks=tuple(tasks or (default_task,)),
+        variations=tuple(itertools.product(*varied)),
+        tuning=tuning,
+        validation_size=validation_size,
+    )
+    # Every run's recipe is made once here: a wrong key or value is found before the first run starts.
+    for cell in plan.cells():
+        plan.recipe_of(cell, own.output)
+    for cell in plan.tuned_cells():
+        for value in plan.tuning.values if plan.tuning else ():
+            plan.recipe_of(cell, own.output, value, validate=True)
+    return plan
+
+
+_SWEPT = {
+    "method": "give --methods",
+    "seed": "give --seeds",
+    "output": "give --out",
+    "rank": "give --ranks",
+    "adapter.r": "give --ranks",
+    "task": "give --tasks",
+    "resume": "a comparison always continues",
+    "evaluation.on": "give --tune to use validation rows",
+}

@@ -1,0 +1,182 @@
+"""From finished runs to what they say: means over seeds, their confidence, and a paired test against LoRA."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from .plan import Cell, Group
+
+CONFIDENCE = 0.95
+CURVE_POINTS = 200
+"""Most points of a loss curve that are kept; each is a mean over as many steps as that takes."""
+
+
+class Interval(NamedTuple):
+    """A mean over seeds, with half the width of its 95 % confidence interval (Student's t)."""
+
+    mean: float
+    half: float | None
+    """None for a single value."""
+
+
+class Paired(NamedTuple):
+    """A difference from LoRA over the same seeds."""
+
+    difference: Interval
+    p: float | None
+    """Of a two-sided paired t-test; None where it is not defined."""
+    adjusted_p: float | None
+    """The same, adjusted for the number of such tests (Benjamini and Hochberg's false discovery rate)."""
+
+
+class Summary(NamedTuple):
+    """What the runs of one method, rank and variation came to."""
+
+    group: Group
+    scores: dict[str, Interval]
+    """By column: a task's own metric."""
+    average: Interval
+    """Over tasks, by seed."""
+    against_lora: Paired | None
+    """None for LoRA itself, and where there is no LoRA of that rank."""
+    learning_rates: list[float]
+    trainable_parameters: int
+    seconds_per_step: float
+    peak_memory_bytes: int | None
+    runs: int
+    failed: int
+
+
+def row_of(cell: Cell, metrics: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """One run as a row of results.json."""
+    score = metrics["score"]
+    # A recipe's own data are one task without a name.
+    tasks = {name: task["after"] for name, task in score.get("tasks", {}).items()}
+    return {
+        **_identity(cell),
+        "status": "finished",
+        "metric": score["metric"],
+        "score": score["after"],
+        "scores": tasks or {"test": {score["metric"]: score["after"]}},
+        "questions": score["questions"],
+        "left_out": score.get("left_out", []),
+        "learning_rate": recipe["optimizer"]["learning_rate"],
+        "trainable_parameters": metrics["trainable_parameters"],
+        "total_parameters": metrics["total_parameters"],
+        "steps": metrics["steps"],
+        "seconds_per_step": metrics["seconds_per_step"],
+        "peak_memory_bytes": metrics["peak_memory_bytes"],
+        "seconds": metrics["seconds"],
+        "phase_change": metrics["phase_change"],
+        "loss": _curve(metrics["loss"]),
+        "data": metrics["data"],
+        "versions": metrics["versions"],
+        "machine": metrics["machine"],
+        "recipe": recipe,
+    }
+
+
+def failed_row(cell: Cell, error: str, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A run that could not be finished, such as one that diverged."""
+    return {**_identity(cell), "status": "failed", "error": error, "recipe": recipe}
+
+
+def _identity(cell: Cell) -> dict[str, Any]:
+    return {**cell._asdict(), "variation": dict(cell.variation)}
+
+
+def _curve(losses: Sequence[Mapping[str, float]]) -> list[tuple[int, float]]:
+    size = math.ceil(len(losses) / CURVE_POINTS) or 1
+    parts = [losses[start : start + size] for start in range(0, len(losses), size)]
+    return [(int(part[-1]["step"]), fmean(entry["loss"] for entry in part)) for part in parts]
+
+
+def group_of(row: Mapping[str, Any]) -> Group:
+    """What a row is compared as."""
+    return Group(row["method"], row["rank"], tuple(row["variation"].items()))
+
+
+def summarize(rows: Sequence[Mapping[str, Any]]) -> list[Summary]:
+    """What the rows say, group by group, in the order of their first rows.
+
+    The average of a seed is the mean over tasks of what each task's run scored; a seed counts where all of the
+    group's tasks have finished.
+    """
+    groups: dict[Group, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(group_of(row), []).append(row)
+    tasks = {row["task"] for row in rows}
+    averages = {group: _averages(own, tasks) for group, own in groups.items()}
+    tests: dict[Group, tuple[Interval, float | None]] = {}
+    for group, own in averages.items():
+        lora = averages.get(group._replace(method="lora", variation=())) or averages.get(group._replace(method="lora"))
+        if group.method != "lora" and lora and own.keys() & lora.keys():
+            tests[group] = _paired(own, lora)
+    adjusted = _adjusted({group: p for group, (_, p) in tests.items() if p is not None})
+    found = []
+    for group, own_rows in groups.items():
+        done = [row for row in own_rows if row["status"] == "finished"]
+        if not averages[group]:
+            continue
+        against = tests.get(group)
+        memory = [row["peak_memory_bytes"] for row in done if row["peak_memory_bytes"]]
+        found.append(
+            Summary(
+                group=group,
+                scores={name: interval(values) for name, values in _columns(done).items()},
+                average=interval(list(averages[group].values())),
+                against_lora=Paired(*against, adjusted.get(group)) if against else None,
+                learning_rates=list(dict.fromkeys(row["learning_rate"] for row in done)),
+                trainable_parameters=max(row["trainable_parameters"] for row in done),
+                seconds_per_step=fmean(row["seconds_per_step"] for row in done),
+                peak_memory_bytes=max(memory) if memory else None,
+                runs=len(done),
+                failed=len(own_rows) - len(done),
+            )
+        )
+    return found
+
+
+def _averages(rows: Sequence[Mapping[str, Any]], tasks: set[str | None]) -> dict[int, float]:
+    by_seed: dict[int, list[float]] = {}
+    for row in rows:
+        if row["status"] == "finished":
+            by_seed.setdefault(row["seed"], []).append(row["score"])
+    return {seed: fmean(scores) for seed, scores in sorted(by_seed.items()) if len(scores) == len(tasks)}
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    columns: dict[str, list[float]] = {}
+    for row in rows:
+        for name, metrics in row["scores"].items():
+            columns.setdefault(name, []).append(metrics[row["metric"]])
+    return columns
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Mean and confidence of values that vary by seed."""
+    from scipy import stats
+
+    if len(values) < 2:
+        return Interval(fmean(values), None)
+    half = stats.t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1) * stats.sem(values)
+    return Interval(fmean(values), float(half))
+
+
+def _paired(own: Mapping[int, float], lora: Mapping[int, float]) -> tuple[Interval, float | None]:
+    from scipy import stats
+
+    seeds = sorted(own.keys() & lora.keys())
+    difference = interval([own[seed] - lora[seed] for seed in seeds])
+    if not difference.half:
+        return difference, None
+    return difference, float(stats.ttest_rel([own[s] for s in seeds], [lora[s] for s in seeds]).pvalue)
+
+
+def _adjusted(p: Mapping[Group, float]) -> dict[Group, float]:
+    from scipy import stats
+
+    return dict(zip(p, map(float, stats.false_discovery_control(list(p.values()))))) if p else {}

@@ -1,0 +1,109 @@
+"""A comparison as a Markdown table, which is read in a terminal as well as on a page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .plan import Plan
+from .results import Interval, Paired, Summary
+
+
+def document(
+    plan: Plan,
+    rows: Sequence[Mapping[str, Any]],
+    tuned: Sequence[Mapping[str, Any]],
+    summaries: Sequence[Summary],
+    command: str,
+) -> str:
+    """The table of all methods, with what one needs to know to read and to repeat it."""
+    parts = [table(summaries), legend(plan, rows, tuned)]
+    if failed := [row for row in rows if row["status"] == "failed"]:
+        parts.append("\n".join(f"Failed: {row['method']} (seed {row['seed']}): {row['error']}" for row in failed))
+    if command:
+        parts.append(f"```sh\n{command}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def table(summaries: Sequence[Summary]) -> str:
+    """Scores in points (hundredths), with the 95 % confidence interval over seeds."""
+    return markdown(*cells(summaries))
+
+
+def cells(summaries: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
+    """The heads of the table and its lines, the first cell of each being the method."""
+    columns = list(dict.fromkeys(name for summary in summaries for name in summary.scores))
+    averaged = ["average"] if len(columns) > 1 else []
+    heads = ["method", *columns, *averaged, "− LoRA", "p", "lr", "trained", "s/step", "MiB"]
+    return heads, [_line(summary, columns, bool(averaged)) for summary in summaries]
+
+
+def _line(summary: Summary, columns: Sequence[str], averaged: bool) -> list[str]:
+    trains = summary.trainable_parameters > 0
+    return [
+        summary.group.label,
+        *(_points(summary.scores.get(name)) for name in columns),
+        *([_points(summary.average)] if averaged else []),
+        _points(summary.against_lora and summary.against_lora.difference, sign=True),
+        _p(summary.against_lora),
+        " ".join(f"{rate:g}" for rate in summary.learning_rates) if trains else "",
+        f"{summary.trainable_parameters:,}",
+        f"{summary.seconds_per_step:.2f}" if trains else "",
+        f"{summary.peak_memory_bytes / 2**20:,.0f}" if summary.peak_memory_bytes else "",
+    ]
+
+
+def legend(plan: Plan, rows: Sequence[Mapping[str, Any]], tuned: Sequence[Mapping[str, Any]]) -> str:
+    """What the columns are, what was done, and on what machine."""
+    done = [row for row in rows if row["status"] == "finished"]
+    if not done:
+        return "No run has finished."
+    seeds = sorted({row["seed"] for row in done})
+    steps = sorted({row["steps"] for row in done if row["steps"]})
+    hours = sum(row["seconds"] for row in [*done, *tuned] if row["status"] == "finished") / 3600
+    text = (
+        f"{', '.join(sorted({row['metric'] for row in done}))}, in hundredths: mean ± half of the 95 % confidence "
+        f"interval over {len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'} ({', '.join(map(str, seeds))}). "
+        "“− LoRA”: difference from LoRA of the same rank over the same seeds, on the average over tasks; p: paired "
+        "t-test, adjusted for the number of such tests (false discovery rate). lr: learning rates. trained: numbers "
+        "trained, with a classifier’s head. MiB: the largest peak of memory of a run’s process. "
+        f"{len(done)} runs of {' or '.join(map(str, steps)) or 0} steps"
+    )
+    if plan.tuning:
+        text += (
+            f", and {len(tuned)} that chose {plan.tuning.key} of {', '.join(map(str, plan.tuning.values))} by "
+            f"{plan.validation_size} rows held out of training, for each method and task"
+        )
+    missing = len(plan.cells()) - len(rows)
+    if missing:
+        text += f"; {missing} runs are still to be done"
+    machine, versions = done[0]["machine"], done[0]["versions"]
+    return (
+        f"{text}. {hours:.1f} hours of runs on {machine['device']} ({machine['cpus']} CPUs, {machine['threads']} "
+        f"threads a run), {', '.join(f'{name} {number}' for name, number in versions.items())}."
+    )
+
+
+def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table with aligned columns; the first is text, the others are numbers."""
+    widths = [max(map(len, column)) for column in zip(heads, *lines)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [cells[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:]))]
+        return f"| {' | '.join(padded)} |"
+
+    rule = f"| {'-' * widths[0]} | {' | '.join('-' * (width - 1) + ':' for width in widths[1:])} |"
+    return "\n".join([line(heads), rule, *map(line, lines)])
+
+
+def _points(value: Interval | None, *, sign: bool = False) -> str:
+    if value is None:
+        return ""
+    mean = f"{100 * value.mean:+.1f}" if sign else f"{100 * value.mean:.1f}"
+    return mean if value.half is None else f"{mean} ± {100 * value.half:.1f}"
+
+
+def _p(against: Paired | None) -> str:
+    if against is None or against.adjusted_p is None:
+        return ""
+    return "< 0.001" if against.adjusted_p < 0.001 else f"{against.adjusted_p:.3f}"
