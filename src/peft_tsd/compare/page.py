@@ -65,7 +65,7 @@ def finding(summaries: Sequence[Summary]) -> str:
     """What the paired tests say, in words, the losing cases too."""
     tested = [(s, s.against_lora) for s in summaries if s.against_lora and s.against_lora.adjusted_p is not None]
     if not tested:
-        return "No method can be told apart from LoRA: that takes LoRA and another method, with two seeds or more."
+        return "There is nothing to test: that takes LoRA, another method of its rank, and two seeds that differ."
     clear = [(s, a) for s, a in tested if a.adjusted_p is not None and a.adjusted_p < SIGNIFICANT]
     parts = []
     for word, sign in (("better", 1), ("worse", -1)):

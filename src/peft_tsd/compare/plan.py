@@ -217,7 +217,10 @@ def make_plan(
         tuning=tuning,
         validation_size=validation_size,
     )
-    # Every run's recipe is made once here: a wrong key or value is found before the first run starts.
+    # Every run's recipe is made once here: a wrong key or value is found before the first run starts, also one that
+    # none of the methods uses.
+    for key, value in itertools.chain(*varied):
+        load_recipe(recipe, overrides, {key: value})
     for cell in plan.cells():
         plan.recipe_of(cell, own.output)
     for cell in plan.tuned_cells():

@@ -21,7 +21,8 @@
     };
   }
 
-  const drawn = charts.map((chart) => {
+  // All places first: a chart takes the width that its place has when it is drawn.
+  const places = charts.map((chart) => {
     const figure = document.createElement("figure");
     const caption = document.createElement("figcaption");
     const place = document.createElement("div");
@@ -29,8 +30,12 @@
     place.className = "chart";
     figure.append(caption, place);
     paper.append(figure);
+    return place;
+  });
+  const redraws = charts.map((chart, i) => {
+    const place = places[i];
     Plotly.newPlot(place, chart.data, themed(chart.layout), { responsive: true, displaylogo: false });
     return () => Plotly.relayout(place, themed(chart.layout));
   });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawn.forEach((redraw) => redraw()));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => redraws.forEach((redraw) => redraw()));
 })();
