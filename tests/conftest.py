@@ -1,6 +1,8 @@
-"""The hub offline, hypothesis without deadlines, and an adapter of every method."""
+"""The hub offline, hypothesis without deadlines, an adapter of every method, and a browser."""
 
 import os
+import shutil
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -37,3 +39,41 @@ def trained(method):
     model = get_peft_model(tiny.llama(), tiny.config(**method))
     tiny.train(model, 6)
     return model.eval()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    if path is None:
+        pytest.skip("no Chromium or Chrome on PATH (Debian: apt-get install chromium)")
+    with sync_api.sync_playwright() as playwright:
+        # Chromium refuses its sandbox to root, who runs the tests in a container.
+        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def show(browser, tmp_path):
+    """Opens a report; afterwards, checks that nothing was asked of anyone and nothing went wrong."""
+    opened = []
+
+    def open_(text, width=1280, scheme="light"):
+        file = tmp_path / "report.html"
+        file.write_text(text, "utf-8")
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme, reduced_motion="reduce")
+        seen = SimpleNamespace(page=page, requests=[], problems=[], file=file.as_uri())
+        page.on("request", lambda request: seen.requests.append(request.url))
+        page.on("pageerror", lambda error: seen.problems.append(str(error)))
+        page.on("console", lambda line: line.type in ("error", "warning") and seen.problems.append(line.text))
+        opened.append(seen)
+        page.goto(seen.file)
+        return page
+
+    yield open_
+    for seen in opened:
+        seen.page.wait_for_timeout(50)
+        assert seen.problems == []
+        assert {url for url in seen.requests if not url.startswith(("data:", "blob:"))} == {seen.file}
+        seen.page.close()

@@ -89,8 +89,8 @@ def test_every_method_is_run_alike_and_shown(place, capsys):
 def test_killed_at_any_point_it_ends_in_the_same_results(place):
     recipe = text_models.write_recipe(place, training={"save_every": 3})
     command = [
-        *(sys.executable, "-m", "peft_tsd.cli", "compare", str(recipe), "--methods", "full,adalora,lora-tsd"),
-        *("--seeds", "0,1", "--tune", "lr=0.01,0.003", "--validation-size", "5", "--jobs", "2", "--out"),
+        *(sys.executable, "-m", "peft_tsd.cli", "compare", str(recipe), "--methods", "adalora,lora-tsd"),
+        *("--seeds", "0", "--tune", "lr=0.01,0.003", "--validation-size", "5", "--jobs", "2", "--out"),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole, killed = place / "whole", place / "killed"
@@ -108,7 +108,7 @@ def test_killed_at_any_point_it_ends_in_the_same_results(place):
     subprocess.run([*command, str(killed)], check=True, capture_output=True, env=environment)
     assert computed(killed) == computed(whole)
     runs, tuned = computed(whole)
-    assert (len(runs), len(tuned)) == (6, 6)
+    assert (len(runs), len(tuned)) == (2, 4)
     for run in (path.parent for path in whole.glob("runs/*/*/metrics.json")):
         for weights in run.rglob("*.safetensors"):
             other = killed / weights.relative_to(whole)

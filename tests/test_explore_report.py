@@ -2,10 +2,8 @@
 
 import json
 import re
-import shutil
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -71,44 +69,6 @@ def test_a_missing_plotly_says_what_to_install(models, monkeypatch):
 
 
 # ---------------------------------------------------------------- the page
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright")
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-    if path is None:
-        pytest.skip("no Chromium or Chrome on PATH (Debian: apt-get install chromium)")
-    with sync_api.sync_playwright() as playwright:
-        # Chromium refuses its sandbox to root, who runs the tests in a container.
-        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def show(browser, tmp_path):
-    """Opens a report; afterwards, checks that nothing was asked of anyone and nothing went wrong."""
-    opened = []
-
-    def open_(text, width=1280, scheme="light"):
-        file = tmp_path / "report.html"
-        file.write_text(text, "utf-8")
-        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme, reduced_motion="reduce")
-        seen = SimpleNamespace(page=page, requests=[], problems=[], file=file.as_uri())
-        page.on("request", lambda request: seen.requests.append(request.url))
-        page.on("pageerror", lambda error: seen.problems.append(str(error)))
-        page.on("console", lambda line: line.type in ("error", "warning") and seen.problems.append(line.text))
-        opened.append(seen)
-        page.goto(seen.file)
-        return page
-
-    yield open_
-    for seen in opened:
-        seen.page.wait_for_timeout(50)
-        assert seen.problems == []
-        assert {url for url in seen.requests if not url.startswith(("data:", "blob:"))} == {seen.file}
-        seen.page.close()
 
 
 @pytest.fixture(scope="module")
