@@ -3,13 +3,14 @@
     python benchmarks/generate.py                            # SmolLM2-135M; the GPU where there is one
     python benchmarks/generate.py --folder FOLDER --task boolq
     python benchmarks/generate.py --trained                  # a model that has learned to answer and to stop
+    python benchmarks/generate.py --math                     # worked solutions, up to 256 tokens
 
 Commonsense questions in the form the suites ask them, answered greedily with at most 32 new tokens: by this package
-(`peft_tsd.tasks.decoding.write`), and by a loop that calls `generate` with one prompt after another, as published
-evaluation scripts do, with a key-value cache and the end token. Both read the same answers; the benchmark fails where
-one differs. They take turns on parts of the questions, so that what else the machine does falls on both alike.
+(`peft_tsd.tasks.decoding.write`), and by a loop that calls `generate` with one prompt after another, with a key-value
+cache and the end token. Both write the same texts; the benchmark says how many differ, and fails in float32, where
+none may. They take turns on parts of the questions, so that what else the machine does falls on both alike.
 Reported: examples a second of each, and the median over parts of the ratio. The row "likelihood" is
-`task.scoring=likelihood`, which writes nothing.
+`task.scoring=likelihood`, which writes nothing. `--beams` adds the loop of LLM-Adapters' script, four beams.
 
 Without `--folder` the questions are sums with four options. A model that was not trained to answer writes on until the
 limit; `--trained` first takes thirty steps of LoRA on questions of the same kind, after which answers are short.
@@ -64,11 +65,28 @@ def sums(count: int, seed: int, output: str) -> list[Example]:
     return found
 
 
-def one_by_one(model: Any, tokenizer: Any, prompts: list[list[int]]) -> list[str]:
-    """The published way: a prompt, `generate`, the next prompt."""
+def problems(count: int, seed: int, output: str) -> list[Example]:
+    """Sums of varying length, to be worked out step by step."""
+    draw = random.Random(seed)
+    found = []
+    for _ in range(count):
+        terms = [draw.randint(1, 99) for _ in range(draw.randint(2, 20))]
+        total, steps = terms[0], []
+        for term in terms[1:]:
+            steps.append(f"{total} + {term} = {total + term}.")
+            total += term
+        row = {"output": " ".join([*steps, f"The answer is {total}."]), "answer": str(total)}
+        question = f"Ann has {terms[0]} apples and gets {', then '.join(map(str, terms[1:]))} more. How many has she?"
+        found.append(Example(TASK.prompt.format(instruction=question), row[output]))
+    return found
+
+
+def one_by_one(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int, beams: int = 1) -> list[str]:
+    """A prompt, `generate`, the next prompt."""
     settings = GenerationConfig(
-        max_new_tokens=TASK.max_new_tokens,
+        max_new_tokens=max_new_tokens,
         do_sample=False,
+        num_beams=beams,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
@@ -81,10 +99,10 @@ def one_by_one(model: Any, tokenizer: Any, prompts: list[list[int]]) -> list[str
     return texts
 
 
-def train(model: Any, tokenizer: Any, steps: int = 30) -> Any:
+def train(model: Any, tokenizer: Any, examples: list[Example], steps: int = 30) -> Any:
     """A plain LoRA that has learned the answers' form, merged."""
     task = Generation(TASK, READING)
-    rows = task.encode(sums(8 * steps, seed=1, output="output"), tokenizer)
+    rows = task.encode(examples, tokenizer)
     collate = task.collator(tokenizer, model)
     adapted = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")).train()
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-3)
@@ -107,68 +125,85 @@ def main() -> None:
     parser.add_argument("--folder", help="data sets in the form of LLM-Adapters")
     parser.add_argument("--task", default="boolq", help="of --folder (default boolq)")
     parser.add_argument("--trained", action="store_true", help="train to answer first, thirty steps")
+    parser.add_argument("--math", action="store_true", help="write solutions of up to 256 tokens")
+    parser.add_argument("--beams", action="store_true", help="also one by one with four beams")
+    parser.add_argument("--dtype", default="float32", help="(default float32)")
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
     args = parser.parse_args()
 
     source = locate(Model(name=args.model))
     tokenizer = load_tokenizer(source)
-    model = load_model(source, load_config(source), AutoModelForCausalLM, "float32").to(args.device)
+    model = load_model(source, load_config(source), AutoModelForCausalLM, args.dtype).to(args.device)
+    questions, limit = (problems, 256) if args.math else (sums, TASK.max_new_tokens)
     if args.trained:
-        model = train(model, tokenizer)
+        model = train(model, tokenizer, questions(240, seed=1, output="output"))
     count = args.questions * args.parts
     if args.folder:
         data = Data(folder=args.folder, tasks=[args.task], test_size=count)
         examples = load_suite(COMMONSENSE, data, TASK.prompt, 0).tests[args.task]
     else:
-        examples = sums(count, seed=0, output="answer")
+        examples = questions(count, seed=0, output="answer")
     prompts = tokenizer([example.prompt for example in examples])["input_ids"]
-    options = [
-        tokenizer([text for text, _ in READING.options(example)], add_special_tokens=False)["input_ids"]
-        for example in examples
-    ]
 
-    def ours(part: slice) -> list[str]:
+    def batches(part: slice) -> list[str]:
         asked = examples[part]
         return write(
             model,
             tokenizer,
             prompts[part],
-            max_new_tokens=TASK.max_new_tokens,
+            max_new_tokens=limit,
             batch_size=args.batch,
-            complete=lambda i, text: READING.complete(asked[i], text),
+            complete=None if args.math else lambda i, text: READING.complete(asked[i], text),
         )
 
+    def likelihood(part: slice) -> list[int]:
+        options = [
+            tokenizer([text for text, _ in READING.options(example)], add_special_tokens=False)["input_ids"]
+            for example in examples[part]
+        ]
+        return most_likely(model, prompts[part], options, tokenizer.pad_token_id, args.batch)
+
     ways: dict[str, Callable[[slice], list[Any]]] = {
-        "one by one": lambda part: one_by_one(model, tokenizer, prompts[part]),
-        "batches": ours,
-        "likelihood": lambda part: most_likely(
-            model, prompts[part], options[part], tokenizer.pad_token_id, args.batch
-        ),
+        "one by one": lambda part: one_by_one(model, tokenizer, prompts[part], limit),
+        "batches": batches,
     }
+    if not args.math:
+        ways["likelihood"] = likelihood
+    if args.beams:
+        ways["four beams"] = lambda part: one_by_one(model, tokenizer, prompts[part], limit, beams=4)
     for way in ways.values():
         way(slice(0, 2))
+    # A single thread's time on the processor does not depend on what else the machine does.
+    clock = time.process_time if args.device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    written, different = 0, 0
     for number in range(args.parts):
         part = slice(number * args.questions, (number + 1) * args.questions)
         results = {}
         for name in sorted(ways, key=lambda _: random.random()):
-            start = time.perf_counter()
+            start = clock()
             results[name] = ways[name](part)
-            seconds[name].append(time.perf_counter() - start)
-        for example, single, batched in zip(examples[part], results["one by one"], results["batches"]):
-            # A batch stops where the answer is complete, so its text is the beginning of the other.
-            if not single.startswith(batched.rstrip("\N{REPLACEMENT CHARACTER}")):
-                raise SystemExit(f"different texts for {example.prompt!r}: {single!r} and {batched!r}")
+            seconds[name].append(clock() - start)
+        written += sum(len(ids) for ids in tokenizer(results["one by one"], add_special_tokens=False)["input_ids"])
+        # A row ends where the answer is complete, so its text is the beginning of the other.
+        different += sum(
+            not single.startswith(own.rstrip("\N{REPLACEMENT CHARACTER}"))
+            for single, own in zip(results["one by one"], results["batches"])
+        )
+    if different and args.dtype == "float32":
+        raise SystemExit(f"{different} of {count} texts differ")
 
     setting = {
         "machine": torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft_tsd": __version__},
         "prompt tokens": statistics.mean(map(len, prompts)),
+        "tokens written one by one": written / count,
+        "different texts": different,
         **{key: value for key, value in vars(args).items() if key != "out"},
     }
-    length = setting["prompt tokens"]
-    print(f"{setting['machine']}, {setting['threads']} threads; {count} questions of {length:.0f} tokens")
+    print(f"{setting['machine']}, {setting['threads']} threads, {args.dtype}; {count} questions,", end=" ")
+    print(f"{setting['prompt tokens']:.0f} tokens each, {written / count:.0f} written, {different} texts differ")
     print(f"{'':12} {'examples/s':>11} {'/ one by one':>13}")
     rows = {}
     for name, times in seconds.items():

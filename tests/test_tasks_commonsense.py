@@ -280,8 +280,11 @@ def test_published_files(task):
 # Scoring
 
 
-@pytest.mark.parametrize("make", [text_models.llama_folder, text_models.gpt2_folder])
-def test_the_likeliest_option_is_that_of_a_slow_reference(tmp_path, make):
+@pytest.mark.parametrize("shared", [0, 15])
+@pytest.mark.parametrize(
+    "make", [text_models.llama_folder, text_models.gpt2_folder, text_models.qwen2_folder, text_models.mistral_folder]
+)
+def test_the_likeliest_option_is_that_of_a_slow_reference(tmp_path, make, shared):
     """Options that share a beginning or not, of one or more tokens, against one sequence at a time with all logits."""
     model = AutoModelForCausalLM.from_pretrained(make(tmp_path / "model")).eval()
     draw = torch.Generator().manual_seed(0)
@@ -289,11 +292,12 @@ def test_the_likeliest_option_is_that_of_a_slow_reference(tmp_path, make):
     def tokens(count: int) -> list[int]:
         return torch.randint(2, 300, (count,), generator=draw).tolist()
 
-    prompts = [tokens(3 + i % 5) for i in range(14)]
+    beginning = tokens(shared)
+    prompts = [beginning + tokens(3 + i % 5) for i in range(14)]
     options = []
     for i in range(14):
-        shared = tokens(i % 3)
-        options.append([shared + tokens(1 if i % 2 else 1 + j) for j in range(2 + i % 3)])
+        alike = tokens(i % 3)
+        options.append([alike + tokens(1 if i % 2 else 1 + j) for j in range(2 + i % 3)])
 
     expected = []
     for prompt, texts in zip(prompts, options):

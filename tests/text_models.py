@@ -11,9 +11,17 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -63,6 +71,58 @@ def gpt2_folder(path: Path) -> Path:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64, eos_token_id=1, bos_token_id=1)
     return _save(GPT2LMHeadModel(config), path)
+
+
+_SMALL = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "eos_token_id": 1,
+    "bos_token_id": 1,
+    "pad_token_id": 0,
+}
+
+
+def qwen2_folder(path: Path) -> Path:
+    """One layer sees everything, the other six tokens."""
+    torch.manual_seed(0)
+    types = ["full_attention", "sliding_attention"]
+    return _save(
+        Qwen2ForCausalLM(Qwen2Config(**_SMALL, sliding_window=6, use_sliding_window=True, layer_types=types)), path
+    )
+
+
+def mistral_folder(path: Path) -> Path:
+    """Every layer sees twelve tokens."""
+    torch.manual_seed(0)
+    return _save(MistralForCausalLM(MistralConfig(**_SMALL, sliding_window=12)), path)
+
+
+def gpt_neo_folder(path: Path) -> Path:
+    """Absolute positions, and a window of six that the cache knows nothing of."""
+    torch.manual_seed(0)
+    config = GPTNeoConfig(
+        vocab_size=300,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        window_size=6,
+        max_position_embeddings=64,
+        eos_token_id=1,
+        bos_token_id=1,
+    )
+    return _save(GPTNeoForCausalLM(config), path)
+
+
+def mamba_folder(path: Path) -> Path:
+    """No attention: a state instead of keys and values."""
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, eos_token_id=1, pad_token_id=0)
+    return _save(MambaForCausalLM(config), path)
 
 
 def bert_folder(path: Path) -> Path:

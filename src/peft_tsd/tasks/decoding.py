@@ -1,7 +1,8 @@
 """Greedy writing, many prompts at a time.
 
-Prompts of nearly one length share a batch, padded on the left, with a key-value cache. A row ends at an end token, or
-where its answer is complete, and what it says is cut there: the texts are those a loop over single prompts would give.
+Prompts of nearly one length share a batch, padded on the left, with a key-value cache. What all of them begin with is
+read once. A row ends at an end token, or where its answer is complete, what it says is cut there, and it leaves the
+batch: the texts are those a loop over single prompts would give.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria
+from transformers import DynamicCache, StoppingCriteria
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,65 +41,141 @@ def write(
         complete: Whether the text written after prompt i is complete as it stands; asked after every token.
         on_batch: Called after every batch with the number of its prompts.
     """
-    from transformers import GenerationConfig
-
     ends = _end_tokens(model, tokenizer)
-    generation = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        use_cache=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=ends or None,
-    )
+
+    def text_of(ids: list[int]) -> str:
+        text: str = tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    def ended(i: int, ids: list[int]) -> bool:
+        return ids[-1] in ends or (complete is not None and complete(i, text_of(ids)))
+
     texts = [""] * len(prompts)
     # Longest first: rows of a batch have nearly one length, and a batch too large for memory fails at once.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        batch = pad_left([prompts[i] for i in rows], tokenizer.pad_token_id).items()
-        inputs = {key: value.to(model.device) for key, value in batch}
-        width = inputs["input_ids"].shape[1]
-        stop = _Ends(tokenizer, rows, width, ends, complete)
-        output = model.generate(**inputs, generation_config=generation, stopping_criteria=[stop])[:, width:].tolist()
-        written = [ids[:length] for ids, length in zip(output, stop.lengths, strict=True)]
-        for i, text in zip(rows, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
-            texts[i] = text
+        written = _write_batch(
+            model,
+            [prompts[i] for i in rows],
+            max_new_tokens,
+            tokenizer.pad_token_id,
+            ends,
+            lambda row, ids, rows=rows: ended(rows[row], ids),  # type: ignore[misc]
+        )
+        for i, ids in zip(rows, written, strict=True):
+            texts[i] = text_of(ids)
         on_batch(len(rows))
     return texts
 
 
-class _Ends(StoppingCriteria):
-    """Where each row of a batch ends, and that it does."""
+def _write_batch(
+    model: Any,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    pad: int,
+    ends: Sequence[int],
+    ended: Callable[[int, list[int]], bool],
+) -> list[list[int]]:
+    """The tokens written after each prompt."""
+    from transformers import GenerationConfig
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        rows: Sequence[int],
-        width: int,
-        ends: Sequence[int],
-        complete: Callable[[int, str], bool] | None,
-    ) -> None:
-        self._tokenizer = tokenizer
+    batch = {key: value.to(model.device) for key, value in pad_left(prompts, pad).items()}
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    width = ids.shape[1]
+    cache = read_beginning(model, prompts)
+    rows = list(range(len(prompts)))
+    written: list[list[int]] = [[] for _ in prompts]
+    while True:
+        generation = GenerationConfig(
+            max_length=width + max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            return_dict_in_generate=True,
+            pad_token_id=pad,
+            eos_token_id=list(ends) or None,
+        )
+        stop = _HalfEnded(ended, rows, width)
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            generation_config=generation,
+            stopping_criteria=[stop],
+        )
+        ids = output.sequences
+        for row, new in zip(rows, ids[:, width:].tolist(), strict=True):
+            written[row] = new[: stop.lengths.get(row)]
+        left = [k for k, row in enumerate(rows) if row not in stop.lengths]
+        if not left or ids.shape[1] == width + max_new_tokens:
+            return written
+        rows = [rows[k] for k in left]
+        ids = ids[left]
+        mask = torch.nn.functional.pad(mask[left], (0, ids.shape[1] - mask.shape[1]), value=1)
+        # A model that keeps something else reads the rows again.
+        cache = output.past_key_values if isinstance(output.get("past_key_values"), DynamicCache) else None
+        if cache is not None:
+            cache.batch_select_indices(torch.tensor(left, device=ids.device))
+
+
+class _HalfEnded(StoppingCriteria):
+    """Notes where rows end, and stops a batch of which half have, so that it can go on without them."""
+
+    def __init__(self, ended: Callable[[int, list[int]], bool], rows: Sequence[int], width: int) -> None:
+        self._ended = ended
         self._rows = rows
         self._width = width
-        self._ends = set(ends)
-        self._complete = complete
-        self._open = list(range(len(rows)))
-        self.lengths: list[int | None] = [None] * len(rows)
-        """New tokens of a row, None for one that never ended."""
+        self.lengths: dict[int, int] = {}
+        """New tokens of the rows that ended."""
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        written = input_ids[self._open, self._width :].tolist()
-        texts = (
-            self._tokenizer.batch_decode(written, skip_special_tokens=True) if self._complete else [""] * len(written)
-        )
-        for row, ids, text in zip(list(self._open), written, texts, strict=True):
-            if ids[-1] in self._ends or (self._complete and self._complete(self._rows[row], text)):
+        for row, ids in zip(self._rows, input_ids[:, self._width :].tolist(), strict=True):
+            if row not in self.lengths and self._ended(row, ids):
                 self.lengths[row] = len(ids)
-                self._open.remove(row)
-        ended = torch.ones(len(self._rows), dtype=torch.bool)
-        ended[self._open] = False
-        return ended.to(input_ids.device)
+        over = 2 * len(self.lengths) >= len(self._rows)
+        return torch.tensor([over or row in self.lengths for row in self._rows], device=input_ids.device)
+
+
+def read_beginning(model: Any, rows: Sequence[Sequence[int]], leave: int = 1) -> DynamicCache | None:
+    """A cache of what all rows begin with, read once, for the batch that `pad_left` makes of them.
+
+    It holds the first n columns of the batch, n being the tokens that all rows have in common. A row's text stays in
+    one piece: shorter rows have padding there, and the end of their beginning is read again with the rest of them. So
+    a model that counts positions or windows by columns sees what it does without a cache.
+
+    Args:
+        model: A causal language model.
+        rows: Token ids.
+        leave: Least columns left to read.
+
+    Returns:
+        None where nothing is shared, or for a model that does not keep keys and values of all these tokens.
+    """
+    shared = common_beginning(rows, leave)
+    if len(rows) == 1 or shared == 0:
+        return None
+    read = model(input_ids=torch.tensor([rows[0][:shared]], device=model.device), use_cache=True)
+    past = read.get("past_key_values")
+    if not isinstance(past, DynamicCache) or not all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and layer.keys.shape[-2] == shared
+        for layer in past.layers
+    ):
+        return None
+    width = max(map(len, rows))
+    padding = torch.tensor([width - len(row) for row in rows])[:, None]
+    columns = (torch.arange(shared) - padding).clamp(min=0).to(model.device)  # (rows, shared)
+    return DynamicCache(
+        [
+            (keys[0][:, columns].transpose(0, 1), values[0][:, columns].transpose(0, 1), window)
+            for keys, values, window in past
+        ]
+    )
+
+
+def common_beginning(rows: Sequence[Sequence[int]], leave: int = 1) -> int:
+    """Tokens that all rows begin with, `leave` of each one at least left over."""
+    most = max(0, min(map(len, rows)) - leave)
+    return next((n for n in range(most) if any(row[n] != rows[0][n] for row in rows)), most)
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .decoding import pad_left, positions
+from .decoding import common_beginning, pad_left, positions, read_beginning
 
 
 @torch.inference_mode()
@@ -24,7 +24,8 @@ def most_likely(
 
     The logarithms of an option's tokens are added up, without dividing by their number: options are whole answers, as
     a model that was trained on them would write them. What all options of a prompt begin with adds the same to each
-    and is not counted, so options that differ in their last token alone cost one forward pass together.
+    and is not counted, so options that differ in their last token alone cost one forward pass together. What all
+    contexts of a batch begin with is read once.
 
     Args:
         model: A causal language model.
@@ -39,7 +40,7 @@ def most_likely(
     # A context (token ids) with the options it is for: (prompt, option, tokens whose probability is asked).
     contexts: dict[tuple[int, tuple[int, ...]], list[tuple[int, list[int]]]] = {}
     for i, (prompt, texts) in enumerate(zip(prompts, options, strict=True)):
-        shared = _common(texts)
+        shared = common_beginning(texts)
         for j, text in enumerate(texts):
             contexts.setdefault((i, (*prompt, *text[:-1])), []).append((j, text[shared:]))
     left = [0] * len(prompts)
@@ -52,10 +53,15 @@ def most_likely(
         if "position_ids" in accepted:
             inputs["position_ids"] = positions(inputs["attention_mask"])
         keep = max(len(asked) for key in chosen for _, asked in contexts[key])
+        cache = read_beginning(model, [ids for _, ids in chosen], leave=keep)
+        if cache is not None:
+            read = cache.get_seq_length()
+            inputs |= {name: inputs[name][:, read:] for name in inputs if name != "attention_mask"}
         if "logits_to_keep" in accepted:
             # As indices, as in training (see `Generation.collator`).
             inputs["logits_to_keep"] = torch.arange(-keep, 0) + inputs["input_ids"].shape[1]
-        logits = model(**{key: value.to(model.device) for key, value in inputs.items()}).logits[:, -keep:]
+        more = {} if cache is None else {"past_key_values": cache}
+        logits = model(**{key: value.to(model.device) for key, value in inputs.items()}, **more).logits[:, -keep:]
         logarithms = logits.float().log_softmax(-1).cpu()
         for row, key in enumerate(chosen):
             for j, asked in contexts[key]:
@@ -64,14 +70,6 @@ def most_likely(
             left[key[0]] -= 1
         on_batch(sum(left[i] == 0 for i in {key[0] for key in chosen}))
     return [max(range(len(row)), key=row.__getitem__) for row in scores]
-
-
-def _common(texts: Sequence[list[int]]) -> int:
-    """Tokens that all begin with, of each one at least left over."""
-    shared = 0
-    while all(len(text) > shared + 1 and text[shared] == texts[0][shared] for text in texts):
-        shared += 1
-    return shared
 
 
 def _base(model: Any) -> Any:
