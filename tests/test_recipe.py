@@ -67,7 +67,6 @@ def test_defaults_are_spelled_out_and_read_back():
         ({"task": {"family": "commonsens"}}, ["task.family='commonsens'", "did you mean 'commonsense'"]),
         ({"task": {"family": "commonsense"}}, ["data.name='some/data'", "task.family=commonsense", "remove it"]),
         ({"task": {"family": "commonsense"}, "data": {"tasks": []}}, ["data.tasks=[]", "names no task"]),
-        ({"task": {"family": "math"}, "data": {}}, ["task.family=math", "data.folder=FOLDER"]),
         ({"task": {"family": "glue"}, "data": {}}, ["one of GLUE's tasks", "data.tasks=[rte]"]),
         ({"task": {"family": "glue", "prompt": "x"}, "data": {"tasks": ["rte"]}}, ["task.prompt='x'", "family glue"]),
         ({"data": {"name": "a", "folder": "b"}}, ["data.folder=", "task.family=generate"]),

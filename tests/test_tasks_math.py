@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from peft_tsd.recipe import Data, RecipeError
-from peft_tsd.tasks import Example
+from peft_tsd.tasks import Example, instructions
 from peft_tsd.tasks.instructions import load_suite
 from peft_tsd.tasks.math_problems import MATH, chosen_letter, last_number
 
@@ -74,6 +74,103 @@ def test_a_mixture_is_trained_on_and_tasks_are_scored(tmp_path):
     assert material.train == [Example("Q: 1 + 1?\n", "A: 1 + 1 = 2. The answer is 2.")]
     assert material.tests == {"SVAMP": [Example("Q: 2 + 2?\n", "4")]}
     assert material.left_out == ["AddSub", "SingleEq", "MultiArith", "gsm8k", "AQuA"]
+
+
+# From the hub's rows
+
+ROWS = {
+    "gsm8k": {
+        "question": "A pen costs $600. What do two cost?",
+        "answer": "Two pens cost 2*600=$<<2*600=1200>>1200.\nThat is all.\n#### 1,200",
+    },
+    "AQuA": {
+        "question": "What is 3 + 4? ",
+        "options": ["A)6", "B) 7", "C)8", "D)9", "E)None of these"],
+        "rationale": "3 + 4 = 7.\nAnswer: B",
+        "correct": "B",
+    },
+    "SVAMP": {
+        "ID": "chal-1",
+        "Body": "Ann has 8 pens and gives 3 away",
+        "Question": "How many are left?",
+        "Equation": "( 8.0 - 3.0 )",
+        "Answer": "5.0",
+        "Type": "Subtraction",
+    },
+    "MultiArith": {"question": " Ann buys 2 packs of 6 pens. How many pens are these?\n", "final_ans": "12"},
+}
+
+EXPECTED = {
+    "gsm8k": (
+        "A pen costs $600. What do two cost?",
+        "Two pens cost 2*600=$1200.\nThat is all.\nThe answer is 1200.",
+        "1200",
+    ),
+    "AQuA": (
+        "What is 3 + 4? Answer Choices: (A) 6 (B) 7 (C) 8 (D) 9 (E) None of these",
+        "3 + 4 = 7.\nAnswer: B\nThe answer is (B).",
+        "B",
+    ),
+    "SVAMP": ("Ann has 8 pens and gives 3 away. How many are left?", "", "5.0"),
+    "MultiArith": ("Ann buys 2 packs of 6 pens. How many pens are these?", "", "12"),
+}
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_converters(task):
+    place = MATH.tasks[task]
+    row = place.convert(ROWS[task])
+    instruction, output, answer = EXPECTED[task]
+    assert row == {"instruction": instruction, "input": "", "output": output, "answer": answer}
+    # What can be trained on is what a right answer looks like.
+    assert (place.train_split is not None) is bool(output)
+    if output:
+        assert MATH.reading.right(Example("", answer), output)
+
+
+def test_from_the_hub(monkeypatch):
+    asked = []
+
+    def read(name, subset, split, revision):
+        asked.append((name, subset, split))
+        [task] = [task for task, place in MATH.tasks.items() if place and place.name == name]
+        first = next(iter(ROWS[task]))
+        if split == "train":
+            return [{**ROWS[task], "question": "Another?"}, ROWS[task]]
+        return [ROWS[task], {**ROWS[task], first: "One more"}]
+
+    monkeypatch.setattr(instructions, "read_hub", read)
+    material = load_suite(MATH, Data(), "{instruction}", 0)
+    assert asked == [
+        ("ChilleD/MultiArith", None, "train+test"),
+        ("ChilleD/SVAMP", None, "train+test"),
+        ("openai/gsm8k", "main", "test"),
+        ("deepmind/aqua_rat", "raw", "test"),
+        ("openai/gsm8k", "main", "train"),
+        ("deepmind/aqua_rat", "raw", "train"),
+    ]
+    assert {task: len(rows) for task, rows in material.tests.items()} == dict.fromkeys(
+        ["MultiArith", "SVAMP", "gsm8k", "AQuA"], 2
+    )
+    assert material.left_out == ["AddSub", "SingleEq"]
+    assert {example.answer.splitlines()[-1] for example in material.train} == {
+        "The answer is 1200.",
+        "The answer is (B).",
+    }
+    assert any("test rows ask the same" in note for note in material.notes)
+
+
+def test_what_the_hub_has_not_is_refused(monkeypatch):
+    monkeypatch.setattr(instructions, "read_hub", lambda name, *where: [{**row} for row in [ROWS["gsm8k"]]])
+    with pytest.raises(
+        RecipeError, match="no faithful copy of AddSub; give data.folder, or other tasks of MultiArith"
+    ):
+        load_suite(MATH, Data(tasks=["AddSub"]), "{instruction}", 0)
+    with pytest.raises(RecipeError, match="'SVAMP' has no rows to train on.*tasks of gsm8k, AQuA"):
+        load_suite(MATH, Data(tasks=["gsm8k"], train_tasks=["SVAMP"]), "{instruction}", 0)
+    monkeypatch.setattr(instructions, "read_hub", lambda *where: [{"question": "?", "answer": "4"}])
+    with pytest.raises(RecipeError, match="'openai/gsm8k' has not the columns it used to have .ValueError: no ####"):
+        load_suite(MATH, Data(tasks=["gsm8k"]), "{instruction}", 0)
 
 
 def test_published_files():

@@ -327,8 +327,6 @@ class Recipe(_Section):
         for key in ("tasks", "train_tasks"):
             if getattr(data, key) == []:
                 raise ValueError(f"data.{key}=[] names no task; name one, or remove it for all there are")
-        if family == "math" and data.folder is None:
-            raise ValueError("task.family=math reads its data sets from a folder; give data.folder=FOLDER")
         if family == "glue" and (data.train_tasks is not None or len(data.tasks or ()) != 1):
             raise ValueError(
                 f"task.family=glue trains and scores one of GLUE's tasks; got data.tasks={data.tasks!r} and "

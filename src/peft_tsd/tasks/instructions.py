@@ -30,6 +30,8 @@ class HubTask(NamedTuple):
     """The split LLM-Adapters scores on: where a test split has no public answers, the validation split."""
     convert: Callable[[Row], Row]
     revision: str | None = None
+    train_split: str | None = "train"
+    """None where the rows have no output to learn."""
 
 
 class Suite(NamedTuple):
@@ -37,7 +39,7 @@ class Suite(NamedTuple):
 
     name: str
     tasks: dict[str, HubTask | None]
-    """By their folders' names, in the order of the literature's tables; None for what is read from a folder alone."""
+    """By their folders' names, in the order of the literature's tables; None where the hub has no faithful copy."""
     reading: Reading
 
 
@@ -64,9 +66,8 @@ def load_suite(suite: Suite, data: Data, prompt: str, seed: int, *, to_train: bo
     notes: list[str] = []
     if data.folder is None:
         given = f"task.family={suite.name}"
-        asked = {task: _from_hub(suite, task, test=True) for task in data.tasks or suite.tasks}
-        train_tasks = (data.train_tasks or suite.tasks) if to_train else ()
-        rows = [row for task in train_tasks for row in _from_hub(suite, task, test=False)]
+        asked, missing = _tests_on_hub(suite, data.tasks)
+        rows = _train_on_hub(suite, data.train_tasks) if to_train else []
     else:
         given = f"data.folder={data.folder!r}"
         asked, missing = _tests_in(Path(data.folder), suite, data.tasks, notes)
@@ -142,17 +143,39 @@ def _read(path: Path, needed: str, notes: list[str]) -> list[Row]:
     return whole
 
 
-def _from_hub(suite: Suite, task: str, *, test: bool) -> list[Row]:
-    where = suite.tasks[task]
-    assert where is not None  # a recipe of such a suite without data.folder is refused
-    split = where.test_split if test else "train"
+def _tests_on_hub(suite: Suite, chosen: list[str] | None) -> tuple[dict[str, list[Row]], list[str]]:
+    """Test rows by task, and the tasks that have none."""
+    places = {task: suite.tasks[task] for task in chosen or suite.tasks}
+    found = {task: _from_hub(task, place, place.test_split) for task, place in places.items() if place is not None}
+    missing = [task for task in places if task not in found]
+    if not found:
+        raise RecipeError(
+            f"data.tasks: the hub has no faithful copy of {', '.join(missing)}; give data.folder, or other tasks of "
+            f"{', '.join(task for task, place in suite.tasks.items() if place)}"
+        )
+    return found, missing
+
+
+def _train_on_hub(suite: Suite, chosen: list[str] | None) -> list[Row]:
+    """The training rows of the tasks that have some."""
+    places = {task: place for task, place in suite.tasks.items() if place and place.train_split}
+    for task in chosen or ():
+        if task not in places:
+            raise RecipeError(
+                f"data.train_tasks: {task!r} has no rows to train on on the hub; give data.folder, or tasks of "
+                f"{', '.join(places)}"
+            )
+    return [row for task in chosen or places for row in _from_hub(task, places[task], str(places[task].train_split))]
+
+
+def _from_hub(task: str, place: HubTask, split: str) -> list[Row]:
     try:
-        return [where.convert(row) for row in read_hub(where.name, where.subset, split, where.revision)]
+        return [place.convert(row) for row in read_hub(place.name, place.subset, split, place.revision)]
     except (KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
         if isinstance(error, RecipeError):
             raise
         raise RecipeError(
-            f"a row of the dataset {where.name!r} has not the columns it used to have "
+            f"a row of the dataset {place.name!r} has not the columns it used to have "
             f"({type(error).__name__}: {error}); give data.folder, or data.tasks and data.train_tasks without {task!r}"
         ) from None
 
