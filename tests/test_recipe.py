@@ -265,12 +265,13 @@ def test_commonsense_as_in_the_paper(name):
         assert (recipe.directions.prelaunch_steps, recipe.directions.num_directions) == (100, 8)
 
 
-def test_glue_as_in_the_paper():
-    table = choices_of("deberta-v3-base-glue")
+@pytest.mark.parametrize("name", ["deberta-v3-base-glue", "llama3.1-8b-glue", "qwen2.5-7b-glue"])
+def test_glue_as_in_the_paper(name):
+    table = choices_of(name)
     assert list(table["rank"].table) == ["2", "8"]
     settings = {}
     for task in table["task"].table:
-        recipe = load_recipe("deberta-v3-base-glue", [f"task={task}", "rank=2"])
+        recipe = load_recipe(name, [f"task={task}", "rank=2"])
         assert (recipe.adapter.r, recipe.adapter.lora_alpha, recipe.data.tasks) == (2, 4, [task])
         settings[task] = (recipe.optimizer.learning_rate, recipe.training.epochs, recipe.task.max_length)
     assert settings == {

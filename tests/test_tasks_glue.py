@@ -1,5 +1,6 @@
 """GLUE: files in their official layout, metrics against slow references, and whole runs."""
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -249,6 +250,33 @@ def test_a_run(tmp_path, name):
     # Two steps of warm-up: the rate is 0, then half, then all.
     rates = [entry["learning_rate"] for entry in result.metrics["loss"][:3]]
     assert rates == pytest.approx([0.0, 0.005, 0.01])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_language_model_without_a_padding_token(tmp_path, dtype):
+    """The last token of every row is read, whatever the padding of its batch."""
+    folder = text_models.llama_folder(tmp_path / "llama")
+    for file, key in (("config.json", "pad_token_id"), ("tokenizer_config.json", "pad_token")):
+        content = json.loads((folder / file).read_text())
+        del content[key]
+        (folder / file).write_text(json.dumps(content))
+    recipe = load_recipe(
+        str(glue_recipe(tmp_path, "stsb")),
+        [
+            f"model.name={folder}",
+            f"model.dtype={dtype}",
+            "adapter.target_modules=[q_proj, v_proj]",
+            "optimizer.learning_rate=0.003",
+        ],
+    )
+    result = training.train(recipe)
+    assert result.model.config.pad_token_id == text_models.tokenizer().eos_token_id
+    assert result.metrics["loss"][-1]["loss"] < result.metrics["loss"][0]["loss"]
+    score = result.metrics["score"]["after"]
+    for batch_size in (1, 8):
+        change = {"evaluation": recipe.evaluation.model_copy(update={"batch_size": batch_size})}
+        again = training.evaluate(str(result.folder.path), change=lambda r, c=change: r.model_copy(update=c))
+        assert again["score"] == pytest.approx(score, abs=1e-4 if dtype == "float32" else 0.05)
 
 
 def test_pairs_are_told_apart_by_token_types(tmp_path):
