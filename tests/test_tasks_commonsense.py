@@ -235,6 +235,17 @@ def test_what_is_asked_in_a_test_is_not_trained_on(folder):
     assert not asked & {example.prompt for example in material.train}
 
 
+def test_validation_rows_need_an_answer(folder):
+    for task in ("boolq", "openbookqa"):
+        path = folder / task / "train.json"
+        write_rows(
+            path, [{key: row[key] for key in ("instruction", "output")} for row in json.loads(path.read_text())]
+        )
+    assert len(load_suite(COMMONSENSE, Data(folder=str(folder)), PROMPT, 0).train) == 24
+    with pytest.raises(RecipeError, match="the row 'Please .*has no 'answer', which rows to score on need"):
+        load_suite(COMMONSENSE, Data(folder=str(folder), validation_size=2), PROMPT, 0)
+
+
 def test_an_input_is_part_of_the_instruction(folder):
     write_rows(folder / "boolq" / "test.json", [{**boolq(1)[0], "input": "Ice floats."}])
     [example] = load_suite(COMMONSENSE, Data(folder=str(folder), tasks=["boolq"]), PROMPT, 0).tests["boolq"]
@@ -249,6 +260,7 @@ def test_folders_refused(folder):
         return str(caught.value)
 
     assert "is no folder; did you mean 'sets'" in refusal(folder=str(folder.parent / "set"))
+    assert "is no folder" in refusal(folder=str(folder / "boolq" / "test.json"))
     assert "has no TASK/test.json for any TASK of boolq, piqa" in refusal(folder=str(folder.parent))
     assert "has no TASK/test.json for any TASK of piqa" in refusal(tasks=["piqa"])
     assert "data.tasks names 'bolq', no task of commonsense; did you mean 'boolq'" in refusal(tasks=["bolq"])
@@ -261,6 +273,8 @@ def test_folders_refused(folder):
     assert "is None, not a text" in refusal()
     write_rows(folder / "openbookqa" / "test.json", [])
     assert "has no rows" in refusal()
+    write_rows(folder / "openbookqa" / "test.json", [{"instruction": "?", "answer": "maybe"}])
+    assert "knows no answer 'maybe'" in refusal()
     (folder / "openbookqa" / "test.json").write_text("{")
     assert "cannot read" in refusal()
 
@@ -275,6 +289,31 @@ def test_published_files(task):
     for row, example in zip(json.loads(path.read_text()), load_suite(COMMONSENSE, data, PROMPT, 0).tests[task]):
         assert READING.right(example, row["output"])
         assert example.answer in [option for _, option in READING.options(example)]
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda folder: folder.rename(folder.with_name("elsewhere")), "sets' is no folder"),
+        (lambda folder: write_rows(folder / "boolq" / "test.json", [{"instruction": "?"}]), "'answer' of row 1 of"),
+        (lambda folder: write_rows(folder / "boolq" / "test.json", []), "has no rows"),
+        (lambda folder: write_rows(folder / "boolq" / "test.json", [{"instruction": "?", "answer": "no"}]), "'no'"),
+    ],
+)
+def test_nothing_is_loaded_or_written_before_the_data_are_read(folder, tmp_path, monkeypatch, break_it, message):
+    text_models.llama_folder(tmp_path / "model")
+    recipe = text_models.write_recipe(
+        tmp_path,
+        data={"name": None, "test_size": None, "folder": str(folder)},
+        task={"family": "commonsense", "prompt": PROMPT},
+    )
+    recipe = load_recipe(str(recipe))
+    break_it(folder)
+    monkeypatch.setattr(training, "load_model", None)
+    with pytest.raises(RecipeError, match=message) as caught:
+        training.train(recipe)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
 
 
 # Scoring

@@ -63,6 +63,15 @@ def test_right(answer, text, right):
     assert MATH.reading.right(Example("", answer), text) is right
 
 
+def test_an_answer_that_nothing_could_match_is_refused(tmp_path):
+    rows = [{"instruction": "How many?", "input": "", "output": "Some.", "answer": "some"}]
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "test.json").write_text(json.dumps(rows))
+    (tmp_path / "train.json").write_text(json.dumps([{**rows[0], "instruction": "Why?"}]))
+    with pytest.raises(RecipeError, match="the answer 'some' is neither a number nor a letter, A to E"):
+        load_suite(MATH, Data(folder=str(tmp_path)), "{instruction}", 0)
+
+
 def test_a_mixture_is_trained_on_and_tasks_are_scored(tmp_path):
     row = {"instruction": "1 + 1?", "input": "", "output": "\nA: 1 + 1 = 2. The answer is 2.", "answer": "2"}
     (tmp_path / "SVAMP").mkdir()

@@ -27,7 +27,8 @@ class Reading(NamedTuple):
 
     metric: str
     right: Callable[[Example, str], bool]
-    """Whether the text written after an example's prompt gives its answer."""
+    """Whether the text written after an example's prompt gives its answer. Of a suite: refuses an answer that no text
+    could give, and is asked so when the data are read."""
     complete: Callable[[Example, str], bool] | None = None
     """Whether no continuation of that text can change `right`; writing stops there."""
     options: Callable[[Example], Sequence[tuple[str, str]]] | None = None

@@ -86,6 +86,8 @@ def load_suite(suite: Suite, data: Data, prompt: str, seed: int, *, to_train: bo
     material = hold_out(material, data.validation_size, seed)
     # Scored as test rows are: by their answer, not by the text that is learned.
     validation = [_example(row_of[example], prompt, "answer") for example in material.validation]
+    for example in (*validation, *(example for examples in material.tests.values() for example in examples)):
+        suite.reading.right(example, "")  # an answer that nothing could match is refused now, not after training
     return material._replace(validation=validation)
 
 
@@ -94,7 +96,7 @@ def _tests_in(
 ) -> tuple[dict[str, list[Row]], list[str]]:
     """Test rows by task, and the tasks that have none."""
     if not folder.is_dir():
-        siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
         hint = did_you_mean(folder.name, siblings, listing=False)
         raise RecipeError(f"data.folder={str(folder)!r} is no folder{hint}")
     files = {task: folder / task / "test.json" for task in chosen or suite.tasks}
@@ -182,6 +184,8 @@ def _from_hub(task: str, place: HubTask, split: str) -> list[Row]:
 
 def _example(row: Row, prompt: str, answer: str) -> Example:
     instruction = row["instruction"]
+    if not isinstance(row.get(answer), str):
+        raise RecipeError(f"data: the row {instruction[:60]!r} has no {answer!r}, which rows to score on need")
     if row.get("input"):
         instruction += f"\n\n### Input:\n{row['input']}"
     return Example(fill_prompt(prompt, {**row, "instruction": instruction}), row[answer].strip())

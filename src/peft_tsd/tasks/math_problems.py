@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 
+from ..recipe import RecipeError
 from .generation import Reading
 from .instructions import HubTask, Suite
 from .sources import Example, Row
@@ -41,11 +42,17 @@ def chosen_letter(text: str) -> str | None:
 
 
 def right(example: Example, text: str) -> bool:
-    """Whether `text` ends in the example's number, or chooses its letter."""
+    """Whether `text` ends in the example's number, or chooses its letter.
+
+    Raises:
+        RecipeError: The example's answer is neither a number nor a letter from A to E.
+    """
     if re.fullmatch("[A-E]", example.answer):
         return chosen_letter(text) == example.answer
     written, expected = last_number(text), last_number(example.answer)
-    return written is not None and expected is not None and abs(written - expected) <= TOLERANCE
+    if expected is None:
+        raise RecipeError(f"task.family=math: the answer {example.answer!r} is neither a number nor a letter, A to E")
+    return written is not None and abs(written - expected) <= TOLERANCE
 
 
 def _row(instruction: str, answer: str, output: str = "") -> Row:
