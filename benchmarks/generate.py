@@ -4,6 +4,7 @@
     python benchmarks/generate.py --folder FOLDER --task boolq
     python benchmarks/generate.py --trained                  # a model that has learned to answer and to stop
     python benchmarks/generate.py --math                     # worked solutions, up to 256 tokens
+    python benchmarks/generate.py --math --length 256        # texts of exactly 256 tokens
 
 Commonsense questions in the form the suites ask them, answered greedily with at most 32 new tokens: by this package
 (`peft_tsd.tasks.decoding.write`), and by a loop that calls `generate` with one prompt after another, with a key-value
@@ -12,8 +13,9 @@ none may. They take turns on parts of the questions, so that what else the machi
 Reported: examples a second of each, and the median over parts of the ratio. The row "likelihood" is
 `task.scoring=likelihood`, which writes nothing. `--beams` adds the loop of LLM-Adapters' script, four beams.
 
-Without `--folder` the questions are sums with four options. A model that was not trained to answer writes on until the
-limit; `--trained` first takes thirty steps of LoRA on questions of the same kind, after which answers are short.
+Without `--folder` the questions are sums, with four options or (`--math`) as word problems. How long the texts are is
+up to the model: `--trained` first takes thirty steps of LoRA on such questions; `--length` ignores its end token. On a
+CPU with one thread, time is the processor's, which does not grow with what else the machine does.
 """
 
 from __future__ import annotations
@@ -126,6 +128,7 @@ def main() -> None:
     parser.add_argument("--task", default="boolq", help="of --folder (default boolq)")
     parser.add_argument("--trained", action="store_true", help="train to answer first, thirty steps")
     parser.add_argument("--math", action="store_true", help="write solutions of up to 256 tokens")
+    parser.add_argument("--length", type=int, help="write exactly so many tokens")
     parser.add_argument("--beams", action="store_true", help="also one by one with four beams")
     parser.add_argument("--dtype", default="float32", help="(default float32)")
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
@@ -135,6 +138,10 @@ def main() -> None:
     tokenizer = load_tokenizer(source)
     model = load_model(source, load_config(source), AutoModelForCausalLM, args.dtype).to(args.device)
     questions, limit = (problems, 256) if args.math else (sums, TASK.max_new_tokens)
+    if args.length:
+        limit = args.length
+        tokenizer.pad_token, tokenizer.eos_token = tokenizer.eos_token, None
+        model.generation_config.eos_token_id = None
     if args.trained:
         model = train(model, tokenizer, questions(240, seed=1, output="output"))
     count = args.questions * args.parts
@@ -153,7 +160,7 @@ def main() -> None:
             prompts[part],
             max_new_tokens=limit,
             batch_size=args.batch,
-            complete=None if args.math else lambda i, text: READING.complete(asked[i], text),
+            complete=None if args.math or args.length else lambda i, text: READING.complete(asked[i], text),
         )
 
     def likelihood(part: slice) -> list[int]:
@@ -173,7 +180,6 @@ def main() -> None:
         ways["four beams"] = lambda part: one_by_one(model, tokenizer, prompts[part], limit, beams=4)
     for way in ways.values():
         way(slice(0, 2))
-    # A single thread's time on the processor does not depend on what else the machine does.
     clock = time.process_time if args.device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     written, different = 0, 0
