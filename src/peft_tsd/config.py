@@ -6,7 +6,7 @@ import difflib
 import enum
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from peft import LoraConfig
 
@@ -21,6 +21,22 @@ class TsdType(str, enum.Enum):
     """The value under which PEFT's mappings know this method; written as `peft_type` into saved configs."""
 
     TSD = "TSD"
+
+
+class DirectionSettings(Protocol):
+    """What every configuration with directions has in common; `TsdConfig` says what each field means."""
+
+    prelaunch_steps: int
+    num_directions: int
+    dash_lr_ratio: float
+    dash_unit: DashUnit
+    selection: Selection
+    eps: float
+    prelaunch_notice_given: bool
+
+    @property
+    def method(self) -> str:
+        """Its name in messages."""
 
 
 # Fields of LoraConfig that change what a layer computes in ways the directions do not (yet) follow, and why.

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
-from .config import TsdConfig
+from .config import DirectionSettings, TsdConfig
 from .directions import LowRank, TaskSpecificDirections, check_matrix, task_specific_directions
 from .stacked import Factors, adapted_linear, add_product
 
@@ -82,7 +82,119 @@ class Identified(NamedTuple):
     start_b: Tensor | None
 
 
-class TsdLayer(LoraLayer):
+class DirectedLayer:
+    """A layer of PEFT's with task-specific directions: how they are identified, and what is kept of them."""
+
+    active_adapters: list[str]
+
+    def carries(self, adapter: str) -> bool:
+        """Whether the layer has `adapter`."""
+        raise NotImplementedError
+
+    def trains(self, adapter: str) -> bool:
+        """Whether `adapter` is trained; the layer must carry it."""
+        raise NotImplementedError
+
+    def settings(self, adapter: str) -> DirectionSettings:
+        """The configuration of `adapter`."""
+        raise NotImplementedError
+
+    def fixed(self, adapter: str) -> FixedDirections:
+        """What identification fixed for `adapter` in this layer."""
+        raise NotImplementedError
+
+    def scalars(self, adapter: str) -> DashScalars:
+        """The trained scalars of `adapter` along its directions."""
+        raise NotImplementedError
+
+    def weight_matrix(self) -> Tensor:
+        """The frozen base weight as a matrix (out, in), a view of it."""
+        raise NotImplementedError
+
+    def learned_change(self, adapter: str) -> Tensor | LowRank:
+        """ΔW of the pre-launch, detached: dense, shape (out, in), or as factors (B, A, scaling)."""
+        raise NotImplementedError
+
+    def restarted(self, adapter: str) -> list[nn.Parameter]:
+        """The parameters that start anew at the transition."""
+        return []
+
+    def delta_sigma(self, adapter: str, strength: float = 1.0) -> Tensor:
+        """Δσ: the learned change along each direction of the dash, shape (num_directions,); times `strength`."""
+        theta: Tensor = self.scalars(adapter).weight
+        scale = strength * self.settings(adapter).dash_lr_ratio
+        unit = self.fixed(adapter).unit
+        if unit is not None:
+            theta = unit * theta
+        return theta if scale == 1 else scale * theta
+
+    @torch.no_grad()
+    def identify(self, adapter: str) -> Identified:
+        """Find the task-specific directions of this layer from what pre-launch has learned; writes nothing.
+
+        Raises:
+            ValueError: The learned change or the base weight holds NaN or Inf.
+        """
+        config = self.settings(adapter)
+        fixed = self.fixed(adapter)
+        change = self.learned_change(adapter)
+        learned = change if isinstance(change, Tensor) else change[1]
+        chosen = task_specific_directions(
+            self.weight_matrix(),
+            change,
+            num=len(fixed.indices),
+            eps=config.eps,
+            selection=config.selection,
+            # Another one for each layer and run, and the same in every process.
+            seed=zlib.crc32(learned.float().cpu().numpy().tobytes()),
+        )
+        start_a, start_b = self._start(adapter, chosen)
+        # Only the chosen few go on, and off an accelerator, until every layer is done and all can be written at once.
+        num_dash = 0 if fixed.u is None else fixed.u.shape[1]
+        chosen = chosen._replace(u=chosen.u[:, :num_dash].clone(), v=chosen.v[:, :num_dash].clone())
+        return Identified(
+            TaskSpecificDirections(*(x.cpu() for x in chosen)),
+            None if start_a is None else start_a.cpu(),
+            None if start_b is None else start_b.cpu(),
+        )
+
+    def _start(self, adapter: str, chosen: TaskSpecificDirections) -> tuple[Tensor | None, Tensor | None]:
+        """The factors that a method restarts from, if it does."""
+        return None, None
+
+    @torch.no_grad()
+    def fill(self, adapter: str, found: Identified) -> None:
+        """Write what `identify` found: from here on the directions are part of the layer."""
+        fixed = self.fixed(adapter)
+        chosen = found.chosen
+        n = len(chosen.indices)  # fewer than asked for where the weight has fewer; the rest stay zeros
+        if fixed.u is not None and fixed.v is not None:
+            num_dash = chosen.u.shape[1]
+            fixed.u[:, :num_dash] = chosen.u.to(fixed.u)
+            fixed.v[:num_dash] = chosen.v.mT.to(fixed.v)
+            if fixed.unit is not None:
+                weight = self.weight_matrix().float()
+                mean_square = weight.square().sum() / min(weight.shape)  # of the singular values
+                by_layer = self.settings(adapter).dash_unit == "layer"
+                fixed.unit[:num_dash] = (mean_square.sqrt() if by_layer else chosen.sigma[:num_dash]).to(fixed.unit)
+        fixed.rates[:n] = chosen.rates.to(fixed.rates)
+        fixed.sigma[:n] = chosen.sigma.to(fixed.sigma)
+        fixed.indices[:n] = chosen.indices.to(fixed.indices)
+
+    def check_identifiable(self, adapter: str) -> None:
+        """Refuse a layer whose directions cannot be identified.
+
+        Raises:
+            ValueError: Its weight is not whole in this process's memory, or holds NaN or Inf.
+        """
+        weight = self.weight_matrix()
+        if weight.is_meta or isinstance(weight, DTensor):
+            where = "offloaded (on the meta device)" if weight.is_meta else "sharded over processes"
+            raise ValueError(f"its base weight is {where}; keep the weights of adapted layers whole in memory.")
+        check_matrix(weight, "the base weight")
+
+
+class TsdLayer(DirectedLayer, LoraLayer):
     """What LoRA-Dash, LoRA-Init and LoRA-TSD add to a LoRA layer of PEFT, mixed in before it."""
 
     adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_dash")
@@ -122,15 +234,22 @@ class TsdLayer(LoraLayer):
         # Last, because it moves every part of the adapter to the base layer's device and dtype.
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
-    def weight_matrix(self) -> Tensor:
-        """The frozen base weight as a matrix (out, in), a view of it."""
-        raise NotImplementedError
+    def carries(self, adapter: str) -> bool:
+        return adapter in self.lora_A
+
+    def trains(self, adapter: str) -> bool:
+        return bool(self.lora_A[adapter].weight.requires_grad)
+
+    def settings(self, adapter: str) -> TsdConfig:
+        return self.tsd_config[adapter]
 
     def fixed(self, adapter: str) -> FixedDirections:
-        """What identification fixed for `adapter` in this layer."""
         return cast(FixedDirections, self.lora_directions[adapter])
 
-    def low_rank_change(self, adapter: str) -> LowRank:
+    def scalars(self, adapter: str) -> DashScalars:
+        return cast(DashScalars, self.lora_dash[adapter])
+
+    def learned_change(self, adapter: str) -> LowRank:
         """LoRA's own change (B, A, scaling), as matrices (out, r) and (r, in), detached."""
         return (
             self.lora_B[adapter].weight.detach().flatten(1),
@@ -155,15 +274,6 @@ class TsdLayer(LoraLayer):
             a0=fixed.a0,
             b0=fixed.b0,
         )
-
-    def delta_sigma(self, adapter: str, strength: float = 1.0) -> Tensor:
-        """Δσ: the learned change along each direction of the dash, shape (num_directions,); times `strength`."""
-        theta: Tensor = cast(DashScalars, self.lora_dash[adapter]).weight
-        scale = strength * self.tsd_config[adapter].dash_lr_ratio
-        unit = self.fixed(adapter).unit
-        if unit is not None:
-            theta = unit * theta
-        return theta if scale == 1 else scale * theta
 
     def _strength(self, adapter: str) -> float:
         r, alpha = self.r[adapter], self.lora_alpha[adapter]
@@ -232,84 +342,45 @@ class TsdLayer(LoraLayer):
                 result[rows] = self._add_adapter(result[rows], x[rows], adapter).to(result.dtype)
         return result
 
-    @torch.no_grad()
-    def identify(self, adapter: str) -> Identified:
-        """Find the task-specific directions of this layer from what LoRA has learned; writes nothing.
+    def restarted(self, adapter: str) -> list[nn.Parameter]:
+        if not self.tsd_config[adapter].starts_from_directions:
+            return []
+        return [*self.lora_A[adapter].parameters(), *self.lora_B[adapter].parameters()]
 
-        Raises:
-            ValueError: LoRA's factors or the base weight hold NaN or Inf.
-        """
+    def _start(self, adapter: str, chosen: TaskSpecificDirections) -> tuple[Tensor | None, Tensor | None]:
         config = self.tsd_config[adapter]
-        fixed = self.fixed(adapter)
-        chosen = task_specific_directions(
-            self.weight_matrix(),
-            self.low_rank_change(adapter),
-            num=len(fixed.indices),
-            eps=config.eps,
-            selection=config.selection,
-            # Another one for each layer and run, and the same in every process.
-            seed=zlib.crc32(self.lora_A[adapter].weight.detach().float().cpu().numpy().tobytes()),
-        )
-        start_a = start_b = None
-        if config.starts_from_directions:
-            r = self.r[adapter]
-            u, sigma, v = chosen.u[:, :r], chosen.sigma[:r], chosen.v[:, :r]
-            if config.init_reading == "svd":
-                root = (sigma / self.scaling[adapter]).sqrt()
-                start_a, start_b = root[:, None] * v.mT, u * root
-            else:
-                start_a, start_b = v.mT, torch.zeros_like(u)
-        # Only the chosen few go on, and off an accelerator, until every layer is done and all can be written at once.
-        num_dash = 0 if fixed.u is None else fixed.u.shape[1]
-        chosen = chosen._replace(u=chosen.u[:, :num_dash].clone(), v=chosen.v[:, :num_dash].clone())
-        return Identified(
-            TaskSpecificDirections(*(x.cpu() for x in chosen)),
-            None if start_a is None else start_a.cpu(),
-            None if start_b is None else start_b.cpu(),
-        )
+        if not config.starts_from_directions:
+            return None, None
+        r = self.r[adapter]
+        u, sigma, v = chosen.u[:, :r], chosen.sigma[:r], chosen.v[:, :r]
+        if config.init_reading == "svd":
+            root = (sigma / self.scaling[adapter]).sqrt()
+            return root[:, None] * v.mT, u * root
+        return v.mT, torch.zeros_like(u)
 
     @torch.no_grad()
     def fill(self, adapter: str, found: Identified) -> None:
-        """Write what `identify` found: from here on the directions are part of the layer."""
-        fixed = self.fixed(adapter)
-        chosen = found.chosen
-        n = len(chosen.indices)  # fewer than asked for where the weight has fewer; the rest stay zeros
-        if fixed.u is not None and fixed.v is not None:
-            num_dash = chosen.u.shape[1]
-            fixed.u[:, :num_dash] = chosen.u.to(fixed.u)
-            fixed.v[:num_dash] = chosen.v.mT.to(fixed.v)
-            if fixed.unit is not None:
-                weight = self.weight_matrix().float()
-                mean_square = weight.square().sum() / min(weight.shape)  # of the singular values
-                by_layer = self.tsd_config[adapter].dash_unit == "layer"
-                fixed.unit[:num_dash] = (mean_square.sqrt() if by_layer else chosen.sigma[:num_dash]).to(fixed.unit)
-        fixed.rates[:n] = chosen.rates.to(fixed.rates)
-        fixed.sigma[:n] = chosen.sigma.to(fixed.sigma)
         if found.start_a is not None and found.start_b is not None:
             a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
             a.copy_(found.start_a.view_as(a))
             b.copy_(found.start_b.view_as(b))
             if self.lora_bias[adapter]:
                 self.lora_B[adapter].bias.zero_()
-            if fixed.a0 is not None and fixed.b0 is not None:
-                # From the parameters, so that both sides of B·A − B₀·A₀ carry the same rounding.
-                fixed.a0.copy_(a.flatten(1))
-                fixed.b0.copy_(b.flatten(1))
-        fixed.indices[:n] = chosen.indices.to(fixed.indices)
+            self._fix_start(adapter)
+        super().fill(adapter, found)
+
+    def _fix_start(self, adapter: str) -> None:
+        fixed = self.fixed(adapter)
+        if fixed.a0 is not None and fixed.b0 is not None:
+            # From the parameters, so that both sides of B·A − B₀·A₀ carry the same rounding.
+            fixed.a0.copy_(self.lora_A[adapter].weight.flatten(1))
+            fixed.b0.copy_(self.lora_B[adapter].weight.flatten(1))
 
     def check_identifiable(self, adapter: str) -> None:
-        """Refuse a layer whose directions cannot be identified.
-
-        Raises:
-            ValueError: Its weight is not whole in this process's memory, or it or LoRA's factors hold NaN or Inf.
-        """
-        weight = self.weight_matrix()
-        if weight.is_meta or isinstance(weight, DTensor):
-            where = "offloaded (on the meta device)" if weight.is_meta else "sharded over processes"
-            raise ValueError(f"its base weight is {where}; keep the weights of adapted layers whole in memory.")
-        b, a, _ = self.low_rank_change(adapter)
-        for name, matrix in (("LoRA's B", b), ("LoRA's A", a), ("the base weight", weight)):
+        b, a, _ = self.learned_change(adapter)
+        for name, matrix in (("LoRA's B", b), ("LoRA's A", a)):
             check_matrix(matrix, name)
+        super().check_identifiable(adapter)
 
 
 class Linear(TsdLayer, lora.Linear):

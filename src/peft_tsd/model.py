@@ -11,8 +11,8 @@ import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 
-from .config import TsdConfig
-from .layer import TsdLayer, create_layer
+from .config import DirectionSettings, TsdConfig
+from .layer import DirectedLayer, TsdLayer, create_layer
 
 Phase = Literal["pre-launch", "dash"]
 
@@ -77,31 +77,31 @@ class Directions(Mapping[str, LayerDirections]):
         return "\n".join([*lines, "rate, σ: of the first direction; Δσ: the largest learned change of the layer."])
 
 
-def adapted_layers(model: nn.Module, adapter: str) -> dict[str, TsdLayer]:
-    """The TSD layers of `model` that carry `adapter`, by the name each has in the base model, in the model's order."""
+def adapted_layers(model: nn.Module, adapter: str) -> dict[str, DirectedLayer]:
+    """The layers of `model` that carry `adapter`, by the name each has in the base model, in the model's order."""
     return {
         name.split("base_model.model.", 1)[-1]: module
         for name, module in model.named_modules()
-        if isinstance(module, TsdLayer) and adapter in module.lora_A
+        if isinstance(module, DirectedLayer) and module.carries(adapter)
     }
 
 
-def config_of(layers: Mapping[str, TsdLayer], adapter: str) -> TsdConfig:
+def config_of(layers: Mapping[str, DirectedLayer], adapter: str) -> DirectionSettings:
     """The configuration of an adapter, from its layers."""
-    return _any(layers).tsd_config[adapter]
+    return _any(layers).settings(adapter)
 
 
-def steps_taken(layers: Mapping[str, TsdLayer], adapter: str) -> int:
+def steps_taken(layers: Mapping[str, DirectedLayer], adapter: str) -> int:
     """Optimizer steps the adapter has taken, as its layers recorded them."""
     return int(_any(layers).fixed(adapter).step)
 
 
-def phase_of(layers: Mapping[str, TsdLayer], adapter: str) -> Phase:
+def phase_of(layers: Mapping[str, DirectedLayer], adapter: str) -> Phase:
     """The phase of an adapter, read from its layers."""
     return "dash" if _any(layers).fixed(adapter).identified else "pre-launch"
 
 
-def _any(layers: Mapping[str, TsdLayer]) -> TsdLayer:
+def _any(layers: Mapping[str, DirectedLayer]) -> DirectedLayer:
     # Steps are counted, and directions written, in all layers of an adapter together: one read tells of all.
     return next(iter(layers.values()))
 
@@ -110,7 +110,9 @@ class PrelaunchWarning(UserWarning):
     """An adapter is used as finished while it is still the plain LoRA of its pre-launch."""
 
 
-def warn_in_prelaunch(config: TsdConfig, layers: Mapping[str, TsdLayer], adapter: str, event: str) -> None:
+def warn_in_prelaunch(
+    config: DirectionSettings, layers: Mapping[str, DirectedLayer], adapter: str, event: str
+) -> None:
     """Say once for each config that `adapter` has no directions yet, and why that is likely so."""
     if config.prelaunch_notice_given or not layers or phase_of(layers, adapter) == "dash":
         return
@@ -124,42 +126,19 @@ def warn_in_prelaunch(config: TsdConfig, layers: Mapping[str, TsdLayer], adapter
         "prelaunch_steps."
     )
     warnings.warn(
-        f"Adapter {adapter!r} ({config.method}) {event} while still in pre-launch: it is a plain LoRA so far, with no "
-        f"task-specific directions. {cause}",
+        f"Adapter {adapter!r} ({config.method}) {event} while still in pre-launch: it has no "
+        f"task-specific directions yet. {cause}",
         PrelaunchWarning,
         stacklevel=3,
     )
 
 
-class TsdModel(LoraModel):
-    """A model with LoRA-Dash, LoRA-Init or LoRA-TSD adapters (Si et al., arXiv 2409.01035).
+class DirectedModel:
+    """What a tuner with directions tells of them, mixed in before PEFT's own."""
 
-    Made by `peft.get_peft_model(model, TsdConfig(...))`; everything PEFT offers on a `LoraModel` works on it, but what
-    would combine adapters by their A and B alone.
-
-    Args:
-        model (`torch.nn.Module`): The model to adapt. Its weights are never written to, but by an explicit merge.
-        config (`TsdConfig`): The configuration of the adapter.
-        adapter_name (`str`, defaults to `"default"`): The name of the adapter.
-        low_cpu_mem_usage (`bool`, defaults to `False`): Create empty adapter weights on the meta device.
-    """
-
-    tuner_layer_cls = TsdLayer
-
-    @staticmethod
-    def _create_new_module(lora_config: TsdConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> TsdLayer:
-        kwargs.pop("device_map", None)
-        return create_layer(target, adapter_name, lora_config, **kwargs)
-
-    def _create_and_replace(
-        self, lora_config: TsdConfig, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any
-    ) -> None:
-        if isinstance(target, LoraLayer) and not isinstance(target, TsdLayer):
-            raise ValueError(
-                f"The model already carries adapters of type {type(target).__module__}.{type(target).__name__}; a TSD "
-                "adapter cannot be added beside them. Merge or unload them first, or use a fresh model."
-            )
-        super()._create_and_replace(lora_config, adapter_name, target, *args, **kwargs)
+    model: nn.Module
+    peft_config: dict[str, Any]
+    active_adapters: list[str]
 
     def phase(self, adapter_name: str | None = None) -> Phase:
         """The phase of an adapter: `"pre-launch"`, then `"dash"`.
@@ -189,11 +168,42 @@ class TsdModel(LoraModel):
             )
         return Directions({name: _directions_of(layer, adapter) for name, layer in layers.items()})
 
-    def _layers_of(self, adapter_name: str | None) -> tuple[dict[str, TsdLayer], str]:
+    def _layers_of(self, adapter_name: str | None) -> tuple[dict[str, DirectedLayer], str]:
         adapter = self.active_adapters[0] if adapter_name is None else adapter_name
         if adapter not in self.peft_config:
             raise ValueError(f"There is no adapter {adapter!r}; the model has {sorted(self.peft_config)}.")
         return adapted_layers(self.model, adapter), adapter
+
+
+class TsdModel(DirectedModel, LoraModel):
+    """A model with LoRA-Dash, LoRA-Init or LoRA-TSD adapters (Si et al., arXiv 2409.01035).
+
+    Made by `peft.get_peft_model(model, TsdConfig(...))`; everything PEFT offers on a `LoraModel` works on it, but what
+    would combine adapters by their A and B alone.
+
+    Args:
+        model (`torch.nn.Module`): The model to adapt. Its weights are never written to, but by an explicit merge.
+        config (`TsdConfig`): The configuration of the adapter.
+        adapter_name (`str`, defaults to `"default"`): The name of the adapter.
+        low_cpu_mem_usage (`bool`, defaults to `False`): Create empty adapter weights on the meta device.
+    """
+
+    tuner_layer_cls = TsdLayer
+
+    @staticmethod
+    def _create_new_module(lora_config: TsdConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> TsdLayer:
+        kwargs.pop("device_map", None)
+        return create_layer(target, adapter_name, lora_config, **kwargs)
+
+    def _create_and_replace(
+        self, lora_config: TsdConfig, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any
+    ) -> None:
+        if isinstance(target, LoraLayer) and not isinstance(target, TsdLayer):
+            raise ValueError(
+                f"The model already carries adapters of type {type(target).__module__}.{type(target).__name__}; a TSD "
+                "adapter cannot be added beside them. Merge or unload them first, or use a fresh model."
+            )
+        super()._create_and_replace(lora_config, adapter_name, target, *args, **kwargs)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -218,7 +228,7 @@ class TsdModel(LoraModel):
         )
 
 
-def _directions_of(layer: TsdLayer, adapter: str) -> LayerDirections:
+def _directions_of(layer: DirectedLayer, adapter: str) -> LayerDirections:
     fixed = layer.fixed(adapter)
     found = int(fixed.indices.ge(0).sum())
     out_size, in_size = layer.weight_matrix().shape

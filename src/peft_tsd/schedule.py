@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm
 from transformers.trainer_callback import TrainerCallback
 
-from .config import TsdConfig
-from .layer import Identified, TsdLayer
+from .config import DirectionSettings
+from .layer import DirectedLayer, Identified
 from .model import adapted_layers, config_of, phase_of, steps_taken, warn_in_prelaunch
 
 
@@ -75,9 +75,9 @@ def trained_adapters(model: nn.Module) -> list[str]:
     """
     found: dict[str, None] = {}
     for module in model.modules():
-        if isinstance(module, TsdLayer):
+        if isinstance(module, DirectedLayer):
             for adapter in module.active_adapters:
-                if adapter in module.lora_A and module.lora_A[adapter].weight.requires_grad:
+                if module.carries(adapter) and module.trains(adapter):
                     found[adapter] = None
     if not found:
         raise ValueError(
@@ -87,14 +87,13 @@ def trained_adapters(model: nn.Module) -> list[str]:
     return list(found)
 
 
-def transition(layers: Mapping[str, TsdLayer], adapter: str, optimizer: Optimizer | Sequence[Optimizer]) -> None:
+def transition(layers: Mapping[str, DirectedLayer], adapter: str, optimizer: Optimizer | Sequence[Optimizer]) -> None:
     """Identify the directions of every layer and write them in; restart A and B where the method says so.
 
     Raises:
         TransitionError: As `advance`; nothing has been written then.
     """
-    config = config_of(layers, adapter)
-    restarted = _restarted_parameters(layers.values(), adapter) if config.starts_from_directions else []
+    restarted = [parameter for layer in layers.values() for parameter in layer.restarted(adapter)]
     owners = _owners(restarted, optimizer)
     for name, layer in layers.items():
         _named(name, layer.check_identifiable, adapter)
@@ -125,7 +124,7 @@ class TsdCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.transitions: list[dict[str, float]] = []
-        self._held: list[TsdConfig] = []
+        self._held: list[DirectionSettings] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         remaining = state.max_steps - state.global_step
@@ -159,7 +158,7 @@ class TsdCallback(TrainerCallback):
             warn_in_prelaunch(config, layers, adapter, "ends its training")
 
 
-def _trained(model: nn.Module) -> list[tuple[TsdConfig, dict[str, TsdLayer], str]]:
+def _trained(model: nn.Module) -> list[tuple[DirectionSettings, dict[str, DirectedLayer], str]]:
     found = []
     for adapter in trained_adapters(model):
         layers = adapted_layers(model, adapter)
@@ -175,11 +174,6 @@ def _named(name: str, work: Any, adapter: str) -> Any:
             f"Cannot identify directions in layer {name!r}: {error} Nothing was changed; the adapter is still in "
             "pre-launch, and can be saved or trained on."
         ) from error
-
-
-def _restarted_parameters(layers: Any, adapter: str) -> list[nn.Parameter]:
-    modules = [module for layer in layers for module in (layer.lora_A[adapter], layer.lora_B[adapter])]
-    return [parameter for module in modules for parameter in module.parameters()]
 
 
 def _owners(parameters: list[nn.Parameter], optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
