@@ -15,6 +15,8 @@ from peft.mapping import (
 )
 
 from .config import TsdConfig, TsdType
+from .dash.config import DashConfig, DashType
+from .dash.model import DashModel
 from .export import ExportReport, export_lora
 from .model import Directions, LayerDirections, PrelaunchWarning, TsdModel
 from .schedule import TransitionError, TsdCallback, advance
@@ -23,10 +25,15 @@ from .schedule import TransitionError, TsdCallback, advance
 PEFT_TYPE_TO_CONFIG_MAPPING[TsdType.TSD] = TsdConfig
 PEFT_TYPE_TO_TUNER_MAPPING[TsdType.TSD] = TsdModel
 PEFT_TYPE_TO_PREFIX_MAPPING[TsdType.TSD] = TsdModel.prefix
+PEFT_TYPE_TO_CONFIG_MAPPING[DashType.DASH] = DashConfig
+PEFT_TYPE_TO_TUNER_MAPPING[DashType.DASH] = DashModel
+PEFT_TYPE_TO_PREFIX_MAPPING[DashType.DASH] = "dash_"
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DashConfig",
+    "DashModel",
     "Directions",
     "ExportReport",
     "LayerDirections",

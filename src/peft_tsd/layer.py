@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -82,10 +82,15 @@ class Identified(NamedTuple):
     start_b: Tensor | None
 
 
-class DirectedLayer:
-    """A layer of PEFT's with task-specific directions: how they are identified, and what is kept of them."""
+# A mixin without a base class can also be given to a layer that is there already (see `peft_tsd.dash`).
+_Mixin: Any = BaseTunerLayer if TYPE_CHECKING else object
 
-    active_adapters: list[str]
+
+class DirectedLayer(_Mixin):
+    """A layer of PEFT's with task-specific directions: how they are identified, and what is kept of them.
+
+    Mixed in before a layer class of PEFT's, from which it takes the rest.
+    """
 
     def carries(self, adapter: str) -> bool:
         """Whether the layer has `adapter`."""
@@ -109,7 +114,14 @@ class DirectedLayer:
 
     def weight_matrix(self) -> Tensor:
         """The frozen base weight as a matrix (out, in), a view of it."""
-        raise NotImplementedError
+        base = self.get_base_layer()
+        weight: Tensor = base.weight
+        return weight.T if isinstance(base, Conv1D) else weight.flatten(1)
+
+    def like_base(self, matrix: Tensor) -> Tensor:
+        """A matrix (out, in) in the shape and orientation of the base weight."""
+        base = self.get_base_layer()
+        return matrix.T if isinstance(base, Conv1D) else matrix.view_as(base.weight)
 
     def learned_change(self, adapter: str) -> Tensor | LowRank:
         """ΔW of the pre-launch, detached: dense, shape (out, in), or as factors (B, A, scaling)."""
@@ -291,11 +303,7 @@ class TsdLayer(DirectedLayer, LoraLayer):
         dtype = down.dtype
         if down.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
             down, up = down.float(), up.float()  # half-precision products are slow on CPUs
-        return self._like_base(up @ down).to(dtype)
-
-    def _like_base(self, matrix: Tensor) -> Tensor:
-        """A matrix (out, in) in the shape and orientation of the base weight."""
-        raise NotImplementedError
+        return self.like_base(up @ down).to(dtype)
 
     def _add_product(self, result: Tensor, x: Tensor, factors: Factors) -> Tensor:
         """`result + ΔW x` for an input and an output of the base layer."""
@@ -386,14 +394,6 @@ class TsdLayer(DirectedLayer, LoraLayer):
 class Linear(TsdLayer, lora.Linear):
     """TSD on `nn.Linear` and on transformers' `Conv1D`, which stores its weight as (in, out)."""
 
-    def weight_matrix(self) -> Tensor:
-        base = self.get_base_layer()
-        weight: Tensor = base.weight
-        return weight.T if isinstance(base, Conv1D) else weight
-
-    def _like_base(self, matrix: Tensor) -> Tensor:
-        return matrix.T if isinstance(self.get_base_layer(), Conv1D) else matrix
-
     def _add_product(self, result: Tensor, x: Tensor, factors: Factors) -> Tensor:
         return add_product(result, x, factors)
 
@@ -430,13 +430,6 @@ def _is_bare(base: nn.Module) -> bool:
 class Conv2d(TsdLayer, lora.Conv2d):
     """TSD on `nn.Conv2d`, its kernel read as a matrix (out, in·kh·kw)."""
 
-    def weight_matrix(self) -> Tensor:
-        weight: Tensor = self.get_base_layer().weight
-        return weight.flatten(1)
-
-    def _like_base(self, matrix: Tensor) -> Tensor:
-        return matrix.view_as(self.get_base_layer().weight)
-
     def _add_product(self, result: Tensor, x: Tensor, factors: Factors) -> Tensor:
         base = self.get_base_layer()
         kernel = factors.down().view(-1, *base.weight.shape[1:])
@@ -452,7 +445,7 @@ def create_layer(target: nn.Module, adapter_name: str, config: TsdConfig, **kwar
     """
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     name = kwargs.get("target_name") or type(base).__name__
-    if reason := _unsupported(base):
+    if reason := unsupported(base):
         raise ValueError(
             f"{name} cannot carry a {config.method} adapter: {reason}. "
             f"Leave it out of target_modules, or name it in exclude_modules=[{name!r}]."
@@ -465,7 +458,8 @@ def create_layer(target: nn.Module, adapter_name: str, config: TsdConfig, **kwar
     return layer
 
 
-def _unsupported(base: nn.Module) -> str | None:
+def unsupported(base: nn.Module) -> str | None:
+    """Why a layer cannot have directions, or None where it can."""
     if not isinstance(base, (nn.Linear, Conv1D, nn.Conv2d)):
         return f"it is of type {type(base).__name__}, and only Linear, Conv1D and Conv2d weights have directions here"
     if not base.weight.is_floating_point():

@@ -1,0 +1,1 @@
+"""Directions beside any method of PEFT's whose layers change a weight: `layer(x) + U diag(Δσ) Vᵀ x`."""

@@ -1,0 +1,144 @@
+"""`DashConfig`: the configuration of any PEFT method, plus which directions are learned beside it, and when."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field, fields
+from typing import Any, get_args
+
+from peft import PeftConfig
+
+from ..config import DashUnit, _check_choice, _check_positive_float, _check_positive_int
+from ..directions import Selection
+from .methods import refusal
+
+
+class DashType(str, enum.Enum):
+    """The value under which PEFT's mappings know this method; written as `peft_type` into saved configs."""
+
+    DASH = "DASH"
+
+
+@dataclass
+class DashConfig(PeftConfig):
+    """Task-specific directions (Si et al., arXiv 2409.01035) beside another PEFT method.
+
+    Training starts with a pre-launch of that method alone. After `prelaunch_steps` optimizer steps the task-specific
+    directions of every adapted layer are identified, once, from the change of the weight it has learned so far: the
+    merged weight less the base weight. From then on the change along them is learned too, beside the method's own:
+    `layer(x) + U diag(Δσ) Vᵀ x`, with Δσ starting at 0.
+
+    Fields that are not listed are those of `peft`, to be read and set as if they were here.
+
+    Args:
+        peft (`PeftConfig`):
+            Configuration of the method: `LoHaConfig(...)`, `OFTConfig(...)`, `LoraConfig(use_dora=True, ...)`. It
+            names the target_modules. docs/methods.md lists what works.
+        prelaunch_steps (`int`, defaults to 100):
+            Optimizer steps of the method alone before the directions are identified; t in the paper.
+        num_directions (`int`, defaults to 8):
+            Directions a layer whose change is learned; s in the paper.
+        dash_lr_ratio (`float`, defaults to 1.0):
+            Δσ is this number times the trained scalar; see `TsdConfig`.
+        dash_unit (`str`, defaults to `"one"`):
+            What Δσ is measured in: `"one"`, `"sigma"` or `"layer"`; see `TsdConfig`.
+        selection (`str`, defaults to `"tsd"`):
+            Which directions are taken, `"tsd"` or one of the controls of `TsdConfig`.
+        eps (`float`, defaults to 1e-6):
+            ε in the change rate `|u_iᵀ ΔW v_i| / (σ_i + ε)`, in the unit of σ.
+
+    Raises:
+        ValueError: A value is out of range, or the method has no change of a weight; the message says why.
+
+    Example:
+
+        ```py
+        >>> from peft import LoHaConfig, get_peft_model
+        >>> from peft_tsd import DashConfig
+
+        >>> config = DashConfig(peft=LoHaConfig(r=8, alpha=16, target_modules=["q_proj", "v_proj"]))
+        >>> model = get_peft_model(base, config)
+        ```
+    """
+
+    peft: PeftConfig = field(
+        default=None, metadata={"help": "Configuration of the method beside which directions are learned."}
+    )
+    prelaunch_steps: int = field(
+        default=100, metadata={"help": "Optimizer steps of the method alone before the directions are identified."}
+    )
+    num_directions: int = field(default=8, metadata={"help": "Directions a layer whose change is learned directly."})
+    dash_lr_ratio: float = field(
+        default=1.0,
+        metadata={"help": "The change along a direction is this number times its trained scalar."},
+    )
+    dash_unit: DashUnit = field(
+        default="one", metadata={"help": "What a change along a direction is measured in: one, sigma or layer."}
+    )
+    selection: Selection = field(
+        default="tsd", metadata={"help": "Which directions: tsd, or as a control top, bottom, random, random-change."}
+    )
+    eps: float = field(default=1e-6, metadata={"help": "Keeps a change rate finite where σ is zero."})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.peft, dict):  # from a file
+            self.peft = PeftConfig.from_peft_type(**self.peft)
+        if not isinstance(self.peft, PeftConfig):
+            raise ValueError(
+                f"peft must be the configuration of a PEFT method, such as LoHaConfig(...); got {self.peft!r}."
+            )
+        if reason := refusal(self.peft):
+            raise ValueError(f"{type(self.peft).__name__} cannot be given directions: {reason}.")
+        for name in _SHARED:
+            # Given here or there; where both are, here.
+            default = PeftConfig.__dataclass_fields__[name].default
+            if getattr(self, name) == default:
+                setattr(self, name, getattr(self.peft, name))
+        super().__post_init__()
+        self.peft_type = DashType.DASH
+        # Not a field: the warning about a missing transition is given once a process, and held while a schedule runs.
+        self.prelaunch_notice_given = False
+        _check_choice("dash_unit", self.dash_unit, get_args(DashUnit))
+        _check_choice("selection", self.selection, get_args(Selection))
+        _check_positive_int(
+            "prelaunch_steps", self.prelaunch_steps, "the number of optimizer steps of the method alone"
+        )
+        _check_positive_int("num_directions", self.num_directions, "the number of directions a layer")
+        _check_positive_float("dash_lr_ratio", self.dash_lr_ratio)
+        _check_positive_float("eps", self.eps)
+
+    @property
+    def method(self) -> str:
+        """The method and its directions, in messages."""
+        return f"{self.peft.peft_type.value} with directions"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, with those of the method under `peft`."""
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**own, "peft": _sets_as_lists(self.peft.to_dict())}
+
+    def __getattr__(self, name: str) -> Any:
+        # PEFT's tuners, and PEFT itself, read and set the fields of the method on the one config they are given.
+        inner = vars(self).get("peft")
+        if inner is None or name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(inner, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        inner = vars(self).get("peft")
+        own = name in self.__dataclass_fields__ or name == "prelaunch_notice_given"
+        if own:
+            super().__setattr__(name, value)
+        if isinstance(inner, PeftConfig) and (not own or name in _SHARED):
+            setattr(inner, name, value)
+
+
+# What every PeftConfig has, but for what tells the two apart.
+_SHARED = tuple(name for name in PeftConfig.__dataclass_fields__ if name not in ("peft_type", "peft_version"))
+
+
+def _sets_as_lists(value: Any) -> Any:
+    # PEFT does so for the fields of a config, and not further down.
+    if isinstance(value, dict):
+        return {key: _sets_as_lists(inner) for key, inner in value.items()}
+    return sorted(value) if isinstance(value, set) else value
