@@ -16,6 +16,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
@@ -25,8 +26,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import TsdConfig
+from .dash.config import DashConfig
+from .dash.export import Stacked, stack_layers
 from .folders import write_folder
-from .layer import TsdLayer
+from .layer import DirectedLayer
 from .stacked import Factors
 
 
@@ -69,7 +72,8 @@ def export_lora(
     as the LoRA it is.
 
     Args:
-        model_or_path: A model with TSD adapters, or a folder (or hub name) saved by `save_pretrained`.
+        model_or_path: A model with TSD adapters or with directions beside another method, or (but for the latter) a
+            folder or hub name saved by `save_pretrained`.
         out: The folder to make; it must not exist.
         rank: Compress to at most this rank by truncated SVD, and report the relative error of each layer. Exact, at
             rank r + s (or 2r + s with the `"svd"` reading of LoRA-Init), by default.
@@ -77,7 +81,7 @@ def export_lora(
 
     Raises:
         FileExistsError: `out` exists.
-        ValueError: The adapter is not a TSD adapter, its tensors do not fit its config or hold NaN or Inf, or `rank`
+        ValueError: The adapter has no directions, its tensors do not fit its config or hold NaN or Inf, or `rank`
             is not a positive integer. Nothing is written then.
     """
     out = Path(out)
@@ -85,8 +89,7 @@ def export_lora(
         raise FileExistsError(f"{out} exists and is not overwritten. Give a new folder, or remove it first.")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank must be a positive integer, or None for an exact export; got {rank!r}.")
-    config, state = _read(model_or_path, adapter_name)
-    lora_config, lora_state, errors = _as_lora(config, state, rank)
+    lora_config, lora_state, errors = _convert(model_or_path, adapter_name, rank)
 
     def fill(folder: Path) -> None:
         save_file(lora_state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -97,24 +100,37 @@ def export_lora(
     return ExportReport(out, max(ranks), errors)
 
 
-def _read(
-    model_or_path: nn.Module | str | os.PathLike[str], adapter_name: str | None
-) -> tuple[TsdConfig, dict[str, Tensor]]:
-    if isinstance(model_or_path, nn.Module):
-        model = model_or_path
-        configs = getattr(model, "peft_config", {})
-        if adapter_name is None:
-            active = (layer.active_adapters[0] for layer in model.modules() if isinstance(layer, TsdLayer))
-            adapter_name = next(active, next(iter(configs), "default"))
-        if adapter_name not in configs:
-            raise ValueError(f"The model has no adapter {adapter_name!r}; it has {sorted(configs)}.")
-        config = configs[adapter_name]
+class _Lora(NamedTuple):
+    config: LoraConfig
+    state: dict[str, Tensor]
+    errors: dict[str, float]
+
+
+def _convert(model_or_path: nn.Module | str | os.PathLike[str], adapter_name: str | None, rank: int | None) -> _Lora:
+    if not isinstance(model_or_path, nn.Module):
+        path = os.fspath(model_or_path)
+        config = PeftConfig.from_pretrained(path)
+        if isinstance(config, DashConfig):
+            raise ValueError(
+                f"{path} is an adapter of type DASH, whose change has to be read on its base model: load it with "
+                "PeftModel.from_pretrained(base, path), and export that."
+            )
+        _check_type(config, path)
+        return _tsd_as_lora(config, load_peft_weights(path, device="cpu"), rank)
+    model = model_or_path
+    configs = getattr(model, "peft_config", {})
+    if adapter_name is None:
+        active = (layer.active_adapters[0] for layer in model.modules() if isinstance(layer, DirectedLayer))
+        adapter_name = next(active, next(iter(configs), "default"))
+    if adapter_name not in configs:
+        raise ValueError(f"The model has no adapter {adapter_name!r}; it has {sorted(configs)}.")
+    config = configs[adapter_name]
+    if not isinstance(config, DashConfig):
         _check_type(config, f"Adapter {adapter_name!r}")
-        return config, get_peft_model_state_dict(model, adapter_name=adapter_name)
-    path = os.fspath(model_or_path)
-    config = PeftConfig.from_pretrained(path)
-    _check_type(config, path)
-    return config, load_peft_weights(path, device="cpu")
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    if isinstance(config, DashConfig):
+        return _dash_as_lora(config, state, stack_layers(model, adapter_name, rank))
+    return _tsd_as_lora(config, state, rank)
 
 
 def _check_type(config: PeftConfig, name: str) -> None:
@@ -123,9 +139,7 @@ def _check_type(config: PeftConfig, name: str) -> None:
         raise ValueError(f"{name} is an adapter of type {kind}, not of type TSD; there is nothing to convert.")
 
 
-def _as_lora(
-    config: TsdConfig, state: dict[str, Tensor], rank: int | None
-) -> tuple[LoraConfig, dict[str, Tensor], dict[str, float]]:
+def _tsd_as_lora(config: TsdConfig, state: dict[str, Tensor], rank: int | None) -> _Lora:
     layers = sorted(key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight"))
     if not layers:
         raise ValueError("The adapter has no LoRA layer; there is nothing to export.")
@@ -147,8 +161,38 @@ def _as_lora(
         out[_prefixed(f"{layer}.lora_B.weight")] = factor_b[(..., *(None,) * (len(kernel) - 1))]
         if bias is not None:
             out[_prefixed(f"{layer}.lora_B.bias")] = bias
-    out = {key: tensor.detach().cpu().contiguous() for key, tensor in out.items()}
-    return _lora_config(config, ranks), out, errors
+    shared = {f.name: getattr(config, f.name) for f in fields(LoraConfig) if f.name != "peft_type"}
+    return _Lora(_lora_config(shared, ranks), _detached(out), errors)
+
+
+def _dash_as_lora(config: DashConfig, state: dict[str, Tensor], layers: dict[str, Stacked]) -> _Lora:
+    prefixes = tuple(f"base_model.model.{name}." for name in layers)
+    # What the adapter holds beside its layers: modules_to_save. A tuner's own tensors lie above the model.
+    out = {
+        _prefixed(key): tensor
+        for key, tensor in state.items()
+        if not _TUNERS_OWN.match(key) and not _prefixed(key).startswith(prefixes)
+    }
+    for name, layer in layers.items():
+        out[f"base_model.model.{name}.lora_A.weight"] = layer.a
+        out[f"base_model.model.{name}.lora_B.weight"] = layer.b
+    shared = {
+        "target_modules": list(layers),
+        "modules_to_save": config.modules_to_save,
+        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
+        **{name: getattr(config, name) for name in ("task_type", "base_model_name_or_path", "revision")},
+    }
+    ranks = {name: layer.a.shape[0] for name, layer in layers.items()}
+    errors = {name: layer.error for name, layer in layers.items() if layer.error is not None}
+    return _Lora(_lora_config(shared, ranks), _detached(out), errors)
+
+
+# A key that starts so is of a model with a tuner, but not of the model in the tuner.
+_TUNERS_OWN = re.compile(r"base_model\.(?!model\.)")
+
+
+def _detached(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
 
 
 def stack_layer(
@@ -218,8 +262,7 @@ def _truncate(factor_a: Tensor, factor_b: Tensor, rank: int) -> tuple[Tensor, Te
     return new_a.float(), new_b.float(), error
 
 
-def _lora_config(config: TsdConfig, ranks: dict[str, int]) -> LoraConfig:
-    shared = {f.name: getattr(config, f.name) for f in fields(LoraConfig) if f.name != "peft_type"}
+def _lora_config(shared: dict[str, Any], ranks: dict[str, int]) -> LoraConfig:
     commonest = max(set(ranks.values()), key=list(ranks.values()).count)
     patterns = {re.escape(name): rank for name, rank in ranks.items() if rank != commonest}
     return LoraConfig(

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..layer import DashScalars, DirectedLayer, FixedDirections
+from ..spectrum import as_double
 from .config import DashConfig
 
 
@@ -56,24 +57,32 @@ class DashLayer(DirectedLayer):
     def scalars(self, adapter: str) -> DashScalars:
         return cast(DashScalars, self.dash_scalars[adapter])
 
-    @torch.no_grad()
     def learned_change(self, adapter: str) -> Tensor:
-        """The merged weight less the base weight, of a copy of this layer: float64, shape (out, in).
+        """The merged weight less the base weight: float64, shape (out, in).
 
         Raises:
             ValueError: PEFT cannot merge this layer.
         """
-        layer = copy.deepcopy(self).eval()
-        base = layer.get_base_layer()
-        # A device without float64 (Apple's MPS) leaves it to the CPU.
-        layer.to("cpu" if base.weight.device.type == "mps" else base.weight.device, torch.float64)
-        before = layer.weight_matrix().clone()
+        change: Tensor = self.merged_without_directions(adapter).weight_matrix() - as_double(self.weight_matrix())
+        return change
+
+    @torch.no_grad()
+    def merged_without_directions(self, adapter: str) -> DashLayer:
+        """A copy of this layer, in float64, with what `adapter` learned without its directions in the base weight.
+
+        Raises:
+            ValueError: PEFT cannot merge this layer.
+        """
+        layer: DashLayer = copy.deepcopy(self).eval()
+        layer.to(as_double(self.weight_matrix()[:0]).device, torch.float64)
         try:
             super(DashLayer, layer).merge(adapter_names=[adapter])
         except NotImplementedError as error:
-            raise ValueError(f"PEFT cannot merge it, so that its change of the weight is not known: {error}") from None
-        change: Tensor = layer.weight_matrix() - before
-        return change
+            raise ValueError(
+                f"PEFT cannot merge {type(self).without_directions.__name__} layers of this kind, and so there is no "
+                f"change of the weight to read ({error})."
+            ) from None
+        return layer
 
     def check_identifiable(self, adapter: str) -> None:
         if self.merged:
@@ -140,6 +149,10 @@ class DashLayer(DirectedLayer):
         for adapter in filter(self.carries, self.merged_adapters):
             weight = self.get_base_layer().weight
             weight.data += sign * self.dash_weight(adapter).to(weight)
+
+    def has_exact_lora(self, adapter: str) -> bool:
+        """Whether PEFT can make a LoRA of what `adapter` learned without its directions."""
+        return bool(super().supports_lora_conversion(adapter))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """False: PEFT's conversion would drop the directions. `export_lora` keeps them."""

@@ -1,22 +1,46 @@
-"""Which methods of PEFT can be given directions, and why the others cannot."""
+"""Which methods of PEFT can be given directions, and why the others cannot. docs/methods.md is the whole list."""
 
 from __future__ import annotations
 
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner
 
-REFUSED: dict[str, str] = {}
+from ..config import REFUSED_FIELDS
+
+REFUSED = {
+    "BEFT": "it trains biases, and changes no weight",
+    "DASH": "it has directions already",
+    "LILY": "the factors a layer uses depend on the input, so that no one change of the weight exists",
+    "LN_TUNING": "it trains copies of norms, whose weights are vectors and have no directions",
+    "POLY": "the skills a layer uses depend on the task of each row, so that no one change of the weight exists",
+    "SHADOW": "it changes what whole blocks are given, and no weight",
+    "TRAINABLE_TOKENS": "it trains rows of an embedding, which are looked up and not multiplied with",
+    "TSD": "it has directions already",
+    "XLORA": "it mixes finished LoRAs anew for each input, so that no one change of the weight exists",
+}
+
+# Of the fields of LoraConfig that TsdConfig refuses, those with which a layer still has one change of its weight.
+_ONE_CHANGE = ("use_dora", "use_bdlora", "velora_config")
+
+_LEAVES_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
 
 
 def refusal(config: PeftConfig) -> str | None:
-    """Why the method of `config` has no directions, in one line; None where it can have them."""
+    """Why the method of `config` cannot be given directions, in one line; None where it can."""
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind in REFUSED:
         return REFUSED[kind]
     if config.is_prompt_learning or config.is_adaption_prompt:
         return "it changes what the model is given, and no weight"
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
-    if tuner is None or not issubclass(tuner, BaseTuner):
-        return "it has no layers of its own whose change of a weight could be read"
+    if getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type), "tuner_layer_cls", None) is None:
+        return "it has no layers of its own, so that there is no change of a weight to read"
+    if isinstance(config, LoraConfig):
+        for name, reason in REFUSED_FIELDS.items():
+            if name not in _ONE_CHANGE and getattr(config, name):
+                return f"with {name}={getattr(config, name)!r}, {reason}"
+        if kind == "LORA" and config.init_lora_weights not in _LEAVES_BASE:
+            return (
+                f"init_lora_weights={config.init_lora_weights!r} writes to the base weight. Use "
+                f"TsdConfig(method='lora-dash', init_lora_weights={config.init_lora_weights!r}, ...), which does not"
+            )
     return None

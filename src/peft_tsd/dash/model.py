@@ -41,7 +41,7 @@ class DashModel(DirectedModel, BaseTuner):
         return _instance(*args, **kwargs)
 
     def _check_new_adapter_config(self, config: DashConfig) -> None:
-        kinds = sorted({str(one.peft.peft_type.value) for one in self.peft_config.values()})
+        kinds = sorted({str(getattr(one, "peft", one).peft_type.value) for one in self.peft_config.values()})
         if len(kinds) > 1:
             raise ValueError(
                 f"One model cannot carry adapters of {' and '.join(kinds)}, with directions beside them. "
@@ -76,6 +76,16 @@ class DashModel(DirectedModel, BaseTuner):
         layer = getattr(parent, target_name)
         if isinstance(layer, BaseTunerLayer):
             with_directions(layer).add_directions(adapter_name, config)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        # A layer whose change cannot be read is found here, and not after the pre-launch.
+        name, layer = next(iter(adapted_layers(model, adapter_name).items()))
+        if not any(tensor.is_meta for tensor in layer.parameters()):
+            try:
+                layer.learned_change(adapter_name)
+            except ValueError as error:
+                raise ValueError(f"{name} cannot be given directions: {error}") from None
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         scalars = [
