@@ -3,6 +3,7 @@
 `python tests/peft_methods.py` writes docs/methods.md.
 """
 
+import re
 import warnings
 from pathlib import Path
 
@@ -79,7 +80,7 @@ REFUSED = {
 
 def registered() -> set[str]:
     """PEFT's own methods."""
-    return {kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING} - {"TSD", "DASH"}
+    return {kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING if kind != "TSD" and not kind.startswith("DASH_")}
 
 
 def config(kind: str, **changes) -> DashConfig:
@@ -99,7 +100,7 @@ def shaken(model, size: float = 0.05):
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad and "dash_scalars" not in name:
+            if parameter.requires_grad and not re.search(r"[_.]dash\.", name):
                 parameter.add_(size * torch.randn_like(parameter))
     return model
 

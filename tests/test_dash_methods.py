@@ -1,6 +1,7 @@
 """Every method that PEFT registers: directions beside it against dense arithmetic, or refused."""
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -41,7 +42,9 @@ def adam(model) -> torch.optim.Optimizer:
 
 def changes_by_peft(kind: str, model) -> dict[str, torch.Tensor]:
     """ΔW (out, in) of each layer, without directions: a model with the method alone, merged by PEFT in float64."""
-    state = {k: v for k, v in get_peft_model_state_dict(model).items() if ".dash_" not in k}
+    state = {
+        k: v for k, v in get_peft_model_state_dict(model).items() if "_dash." not in k and "_directions." not in k
+    }
     plain = get_peft_model(tiny.llama(), peft_methods.WORKS[kind]())
     set_peft_model_state_dict(plain, state)
     merged = plain.double().eval().merge_and_unload()
@@ -96,8 +99,8 @@ def test_works(kind, tmp_path):
     # The method is what it is without directions, but for one more parameter a layer.
     assert torch.equal(logits(plain.eval()), logits(model.eval()))
     trained, theirs = ({n for n, p in m.named_parameters() if p.requires_grad} for m in (model, plain))
-    assert {name for name in trained if ".dash_" not in name} == theirs
-    assert len(trained - theirs) == len(layers) == sum(".dash_scalars." in name for name in trained)
+    assert {name for name in trained if not re.search(r"[_.]dash\.", name)} == theirs
+    assert len(trained - theirs) == len(layers) == sum("dash." in name for name in trained)
     assert len(layers) == 2 * len(plain.peft_config["default"].target_modules)
     parameters = {name: (id(p), p.shape, p.dtype, p.requires_grad) for name, p in model.named_parameters()}
 

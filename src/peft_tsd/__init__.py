@@ -15,8 +15,8 @@ from peft.mapping import (
 )
 
 from .config import TsdConfig, TsdType
-from .dash.config import DashConfig, DashType
-from .dash.model import DashModel
+from .dash.config import DashConfig
+from .dash.model import DashModel, register
 from .export import ExportReport, export_lora
 from .model import Directions, LayerDirections, PrelaunchWarning, TsdModel
 from .schedule import TransitionError, TsdCallback, advance
@@ -25,9 +25,7 @@ from .schedule import TransitionError, TsdCallback, advance
 PEFT_TYPE_TO_CONFIG_MAPPING[TsdType.TSD] = TsdConfig
 PEFT_TYPE_TO_TUNER_MAPPING[TsdType.TSD] = TsdModel
 PEFT_TYPE_TO_PREFIX_MAPPING[TsdType.TSD] = TsdModel.prefix
-PEFT_TYPE_TO_CONFIG_MAPPING[DashType.DASH] = DashConfig
-PEFT_TYPE_TO_TUNER_MAPPING[DashType.DASH] = DashModel
-PEFT_TYPE_TO_PREFIX_MAPPING[DashType.DASH] = "dash_"
+register()
 
 __version__ = "0.1.0"
 

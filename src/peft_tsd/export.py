@@ -112,8 +112,8 @@ def _convert(model_or_path: nn.Module | str | os.PathLike[str], adapter_name: st
         config = PeftConfig.from_pretrained(path)
         if isinstance(config, DashConfig):
             raise ValueError(
-                f"{path} is an adapter of type DASH, whose change has to be read on its base model: load it with "
-                "PeftModel.from_pretrained(base, path), and export that."
+                f"{path} is an adapter of type {config.peft_type.value}, whose change is read on its base model: load "
+                "it with PeftModel.from_pretrained(base, path), and export that."
             )
         _check_type(config, path)
         return _tsd_as_lora(config, load_peft_weights(path, device="cpu"), rank)

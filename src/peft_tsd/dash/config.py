@@ -6,17 +6,16 @@ import enum
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 
 from ..config import DashUnit, _check_choice, _check_positive_float, _check_positive_int
 from ..directions import Selection
-from .methods import refusal
+from .methods import REFUSED, has_layers, refusal
 
+_KINDS = [kind for kind in PeftType if has_layers(kind) and kind not in REFUSED]
 
-class DashType(str, enum.Enum):
-    """The value under which PEFT's mappings know this method; written as `peft_type` into saved configs."""
-
-    DASH = "DASH"
+DashType = enum.Enum("DashType", {kind.name: f"DASH_{kind.value}" for kind in _KINDS}, type=str)  # type: ignore[misc]
+"""The values under which PEFT's mappings know a method with directions beside it; `peft_type` in saved configs."""
 
 
 @dataclass
@@ -95,7 +94,7 @@ class DashConfig(PeftConfig):
             if getattr(self, name) == default:
                 setattr(self, name, getattr(self.peft, name))
         super().__post_init__()
-        self.peft_type = DashType.DASH
+        self.peft_type = DashType[self.peft.peft_type.name]
         # Not a field: the warning about a missing transition is given once a process, and held while a schedule runs.
         self.prelaunch_notice_given = False
         _check_choice("dash_unit", self.dash_unit, get_args(DashUnit))

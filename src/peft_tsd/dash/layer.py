@@ -25,6 +25,18 @@ class DashLayer(DirectedLayer):
 
     without_directions: type[BaseTunerLayer]
     """PEFT's own class of this layer."""
+    own_prefix: str
+    """What the names of the parameters along directions start with."""
+
+    @property
+    def dash_scalars(self) -> nn.ModuleDict:
+        """The trained scalars, by adapter."""
+        return cast(nn.ModuleDict, getattr(self, own_names(self.own_prefix)[0]))
+
+    @property
+    def dash_directions(self) -> nn.ModuleDict:
+        """What identification fixed, by adapter."""
+        return cast(nn.ModuleDict, getattr(self, own_names(self.own_prefix)[1]))
 
     def add_directions(self, adapter: str, config: DashConfig) -> None:
         """Give `adapter`, which the layer has, its scalars and directions: zeros, until they are identified."""
@@ -160,29 +172,41 @@ class DashLayer(DirectedLayer):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made when it is needed, and cannot be found by its name.
-        return _empty, (self.without_directions,), vars(self)
+        return _empty, (self.without_directions, self.own_prefix), vars(self)
 
 
-def with_directions(layer: Any) -> DashLayer:
-    """A layer of PEFT's, which stays the object it is, as one that can also have directions."""
+def own_names(prefix: str) -> tuple[str, str]:
+    """What a layer calls its scalars and its directions."""
+    return f"{prefix}dash", f"{prefix}directions"
+
+
+def with_directions(layer: Any, own_prefix: str) -> DashLayer:
+    """A layer of PEFT's, which stays the object it is, as one that can also have directions.
+
+    Args:
+        layer: The layer.
+        own_prefix: What the names of its parameters along directions start with.
+    """
     if isinstance(layer, DashLayer):
         return layer
     inner: Any = type(layer)
-    layer.__class__ = _class_with_directions(inner)
-    layer.dash_scalars = nn.ModuleDict()
-    layer.dash_directions = nn.ModuleDict()
+    layer.__class__ = _class_with_directions(inner, own_prefix)
+    scalars, directions = own_names(own_prefix)
+    setattr(layer, scalars, nn.ModuleDict())
+    setattr(layer, directions, nn.ModuleDict())
     layer.dash_config = {}
     # On the layer, where PEFT puts those of DoRA.
-    layer.adapter_layer_names = (*layer.adapter_layer_names, "dash_scalars")
-    layer.other_param_names = (*layer.other_param_names, "dash_directions", "dash_config")
+    layer.adapter_layer_names = (*layer.adapter_layer_names, scalars)
+    layer.other_param_names = (*layer.other_param_names, directions, "dash_config")
     return cast(DashLayer, layer)
 
 
 @functools.cache
-def _class_with_directions(inner: Any) -> Any:
-    return type(f"Dash{inner.__name__}", (DashLayer, inner), {"__module__": __name__, "without_directions": inner})
+def _class_with_directions(inner: Any, own_prefix: str) -> Any:
+    names = {"__module__": __name__, "without_directions": inner, "own_prefix": own_prefix}
+    return type(f"Dash{inner.__name__}", (DashLayer, inner), names)
 
 
-def _empty(inner: Any) -> Any:
-    cls = _class_with_directions(inner)
+def _empty(inner: Any, own_prefix: str) -> Any:
+    cls = _class_with_directions(inner, own_prefix)
     return cls.__new__(cls)

@@ -32,7 +32,7 @@ def refusal(config: PeftConfig) -> str | None:
         return REFUSED[kind]
     if config.is_prompt_learning or config.is_adaption_prompt:
         return "it changes what the model is given, and no weight"
-    if getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type), "tuner_layer_cls", None) is None:
+    if not has_layers(kind):
         return "it has no layers of its own, so that there is no change of a weight to read"
     if isinstance(config, LoraConfig):
         for name, reason in REFUSED_FIELDS.items():
@@ -44,3 +44,8 @@ def refusal(config: PeftConfig) -> str | None:
                 f"TsdConfig(method='lora-dash', init_lora_weights={config.init_lora_weights!r}, ...), which does not"
             )
     return None
+
+
+def has_layers(kind: str) -> bool:
+    """Whether PEFT's method `kind` puts layers of its own around those of a model."""
+    return getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(kind), "tuner_layer_cls", None) is not None

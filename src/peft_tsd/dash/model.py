@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-import re
-from typing import Any, cast
+from typing import Any
 
-from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from ..layer import unsupported
 from ..model import DirectedModel, adapted_layers, warn_in_prelaunch
-from .config import DashConfig
-from .layer import DashLayer, with_directions
-
-_OWN = re.compile(r"\.(dash_scalars|dash_directions)\.")
+from .config import DashConfig, DashType
+from .layer import DashLayer, own_names, with_directions
 
 
 class DashModel(DirectedModel, BaseTuner):
@@ -32,50 +31,9 @@ class DashModel(DirectedModel, BaseTuner):
         adapter_name (`str`, defaults to `"default"`): The name of the adapter.
     """
 
-    without_directions: type[BaseTuner]
-    """PEFT's own class of this tuner."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> DashModel:
-        if cls is not DashModel:
-            return cast(DashModel, super().__new__(cls))
-        return _instance(*args, **kwargs)
-
-    def _check_new_adapter_config(self, config: DashConfig) -> None:
-        kinds = sorted({str(getattr(one, "peft", one).peft_type.value) for one in self.peft_config.values()})
-        if len(kinds) > 1:
-            raise ValueError(
-                f"One model cannot carry adapters of {' and '.join(kinds)}, with directions beside them. "
-                "Merge or unload one first, or use a second model."
-            )
-        super()._check_new_adapter_config(config)
-
-    def _create_and_replace(
-        self,
-        config: DashConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **kwargs: Any,
-    ) -> None:
-        if isinstance(target, BaseTunerLayer) and not isinstance(target, DashLayer):
-            raise ValueError(
-                f"{current_key} already carries adapters of type {type(target).__module__}.{type(target).__name__}; "
-                "directions cannot be added to them. Merge or unload them first, or use a fresh model."
-            )
-        base = target.get_base_layer() if isinstance(target, DashLayer) else target
-        if reason := unsupported(base):
-            raise ValueError(
-                f"{current_key} cannot be given directions: {reason}. "
-                f"Leave it out of target_modules, or name it in exclude_modules=[{current_key!r}]."
-            )
-        super()._create_and_replace(
-            config.peft, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
-        )
-        layer = getattr(parent, target_name)
-        if isinstance(layer, BaseTunerLayer):
-            with_directions(layer).add_directions(adapter_name, config)
+    dash_type: DashType
+    own_prefix: str
+    """What the names of the parameters along directions start with."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -87,10 +45,40 @@ class DashModel(DirectedModel, BaseTuner):
             except ValueError as error:
                 raise ValueError(f"{name} cannot be given directions: {error}") from None
 
+    def _create_and_replace(
+        self,
+        config: DashConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        base = target
+        if isinstance(target, DashLayer) and isinstance(target, self.tuner_layer_cls):
+            base = target.get_base_layer()
+        elif isinstance(target, BaseTunerLayer):
+            raise ValueError(
+                f"{current_key} already carries adapters of type {type(target).__module__}.{type(target).__name__}; "
+                "directions cannot be added to them. Merge or unload them first, or use a fresh model."
+            )
+        if reason := unsupported(base):
+            raise ValueError(
+                f"{current_key} cannot be given directions: {reason}. "
+                f"Leave it out of target_modules, or name it in exclude_modules=[{current_key!r}]."
+            )
+        # The method's own configuration: one of its fields may have the name of one of ours (OFT's eps).
+        super()._create_and_replace(
+            config.peft, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
+        )
+        layer = getattr(parent, target_name)
+        if isinstance(layer, BaseTunerLayer):
+            with_directions(layer, self.own_prefix).add_directions(adapter_name, config)
+
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        scalars = [
-            p for layer in model.modules() if isinstance(layer, DashLayer) for p in layer.dash_scalars.parameters()
-        ]
+        layers = [layer for layer in model.modules() if isinstance(layer, DashLayer)]
+        scalars = [parameter for layer in layers for parameter in layer.dash_scalars.parameters()]
         trained = [parameter.requires_grad for parameter in scalars]
         super()._mark_only_adapters_as_trainable(model)
         for parameter, requires_grad in zip(scalars, trained):  # some methods freeze all but what they know
@@ -106,28 +94,10 @@ class DashModel(DirectedModel, BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         warn_in_prelaunch(config, adapted_layers(model, adapter_name), adapter_name, "is saved")
-        tuner = tuner_of(config.peft)
-        own = {key: tensor for key, tensor in state_dict.items() if _OWN.search(key)}
-        rest = {key: tensor for key, tensor in state_dict.items() if key not in own}
-        kept = tuner._get_adapter_state_dict(model, config.peft, adapter_name, rest, unwanted_adapter_names)
-        # PEFT goes on to take the adapter's name out of the keys as this class does, which does not know the method:
-        # where the method has a way of its own, that comes first.
-        named = {}
-        for key, tensor in kept.items():
-            theirs = tuner._remove_adapter_name_from_key(key, adapter_name)
-            named[key if theirs == cls._remove_adapter_name_from_key(key, adapter_name) else theirs] = tensor
-        return {**named, **own}
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: DashConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        own = {key for key in state_dict if _OWN.search(key)}
-        rest = {key: tensor for key, tensor in state_dict.items() if key not in own}
-        return {
-            **tuner_of(config.peft)._remap_adapter_state_dict_for_load(model, config.peft, adapter_name, rest),
-            **{_OWN.sub(rf".\1.{adapter_name}.", key): state_dict[key] for key in own},
-        }
+        state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # Some methods save what is on a list of their own.
+        own = tuple(f".{name}.{adapter_name}." for name in own_names(cls.own_prefix))
+        return {**state, **{key: tensor for key, tensor in state_dict.items() if any(name in key for name in own)}}
 
     @classmethod
     def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -144,30 +114,23 @@ class DashModel(DirectedModel, BaseTuner):
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made when it is needed, and cannot be found by its name.
-        return _empty, (self.without_directions,), vars(self)
+        # The class was made at run time, and cannot be found by its name.
+        return _empty, (self.dash_type,), vars(self)
 
 
-def tuner_of(config: PeftConfig) -> type[BaseTuner]:
-    """PEFT's tuner for a method."""
-    return cast(type[BaseTuner], PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type])
+def register() -> None:
+    """Make every method with directions known to PEFT."""
+    for kind in DashType:
+        tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[kind.name]
+        # The method's, by which PEFT and transformers know what belongs to an adapter. But AdaLoRA takes all that
+        # starts so for factors whose rank it allocates.
+        own_prefix = "" if kind.name == "ADALORA" else tuner.prefix
+        names = {"__module__": __name__, "dash_type": kind, "own_prefix": own_prefix}
+        PEFT_TYPE_TO_CONFIG_MAPPING[kind] = DashConfig
+        PEFT_TYPE_TO_TUNER_MAPPING[kind] = type(f"Dash{tuner.__name__}", (DashModel, tuner), names)
+        PEFT_TYPE_TO_PREFIX_MAPPING[kind] = PEFT_TYPE_TO_PREFIX_MAPPING[kind.name]
 
 
-def _instance(model: nn.Module, config: Any, adapter_name: str, **kwargs: Any) -> DashModel:
-    tuner = tuner_of((config if isinstance(config, PeftConfig) else config[adapter_name]).peft)
-    if tuner.uses_shared_state and "state_dict" in kwargs:  # inject_adapter_in_model, which asks the class before
-        raise ValueError(
-            f"{tuner.__name__} shares a part of its state between layers, which inject_adapter_in_model would lose. "
-            "Use get_peft_model."
-        )
-    return _empty(tuner)
-
-
-@functools.cache
-def _class_with_directions(tuner: Any) -> Any:
-    return type(f"Dash{tuner.__name__}", (DashModel, tuner), {"__module__": __name__, "without_directions": tuner})
-
-
-def _empty(tuner: Any) -> DashModel:
-    cls = _class_with_directions(tuner)
-    return cast(DashModel, cls.__new__(cls))
+def _empty(kind: DashType) -> Any:
+    cls: Any = PEFT_TYPE_TO_TUNER_MAPPING[kind]
+    return cls.__new__(cls)
