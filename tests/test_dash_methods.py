@@ -42,9 +42,8 @@ def adam(model) -> torch.optim.Optimizer:
 
 def changes_by_peft(kind: str, model) -> dict[str, torch.Tensor]:
     """ΔW (out, in) of each layer, without directions: a model with the method alone, merged by PEFT in float64."""
-    state = {
-        k: v for k, v in get_peft_model_state_dict(model).items() if "_dash." not in k and "_directions." not in k
-    }
+    state = get_peft_model_state_dict(model)
+    state = {key: tensor for key, tensor in state.items() if not re.search(r"[_.](dash|directions)\.", key)}
     plain = get_peft_model(tiny.llama(), peft_methods.WORKS[kind]())
     set_peft_model_state_dict(plain, state)
     merged = plain.double().eval().merge_and_unload()

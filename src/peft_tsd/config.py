@@ -41,7 +41,7 @@ class DirectionSettings(Protocol):
 
 # Fields of LoraConfig that change what a layer computes in ways the directions do not (yet) follow, and why.
 REFUSED_FIELDS = {
-    "use_dora": "change rates are defined on LoRA's own change, not on DoRA's magnitude and direction",
+    "use_dora": "directions beside DoRA are DashConfig(peft=LoraConfig(use_dora=True, ...))",
     "velora_config": "VeLoRA replaces the backward pass of LoRA's A",
     "alora_invocation_tokens": "an activated LoRA has no single change of the weight to identify directions from",
     "monteclora_config": "MonteCLoRA samples its change anew at every step",
@@ -54,8 +54,11 @@ REFUSED_FIELDS = {
     "layer_replication": "replicated layers share one weight, and their directions could not be merged or exported",
 }
 
-# Initializations that leave the base weight alone and B·A = 0 or small; the others subtract from the base weight.
-_ALLOWED_INITS = (True, False, "gaussian", "orthogonal")
+# Initializations that leave the base weight alone. Of LoRA-Init and LoRA-TSD, which start anew, the first four.
+_INITS = (True, False, "gaussian", "orthogonal", "eva")
+
+# Those for which PEFT takes the start out of the base weight. Here the layer subtracts it, and the base weight stays.
+_SUBTRACTED_INITS = ("pissa", "pissa_niter_", "olora", "corda", "lora_ga")
 
 
 @dataclass
@@ -70,7 +73,9 @@ class TsdConfig(LoraConfig):
     - `"lora-tsd"` does both.
 
     Everything else is `peft.LoraConfig`'s and means what it means there: `r`, `lora_alpha`, `target_modules`,
-    `rank_pattern`, `use_rslora`, `lora_dropout`, `modules_to_save` and the rest.
+    `rank_pattern`, `use_rslora`, `lora_dropout`, `modules_to_save` and the rest. `"lora-dash"` takes the
+    `init_lora_weights` of PiSSA, OLoRA, CorDA and LoRA-GA too: A and B start as there, and the layer subtracts that
+    start, `W + s(B·A − B₀·A₀)`, where PEFT would take it out of the base weight.
 
     Args:
         method (`str`, defaults to `"lora-tsd"`):
@@ -137,6 +142,8 @@ class TsdConfig(LoraConfig):
         self.peft_type = TsdType.TSD
         # Not a field: the warning about a missing transition is given once a process, and held while a schedule runs.
         self.prelaunch_notice_given = False
+        # Not a field either: whether this is the configuration of weights that exist.
+        self.init_is_saved = False
         _check_choice("method", self.method, get_args(Method))
         _check_choice("init_reading", self.init_reading, get_args(InitReading))
         _check_choice("dash_unit", self.dash_unit, get_args(DashUnit))
@@ -148,17 +155,17 @@ class TsdConfig(LoraConfig):
         for name, reason in REFUSED_FIELDS.items():
             if getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} cannot be combined with {self.method}: {reason}.")
-        if self.init_lora_weights not in _ALLOWED_INITS:
+        if refused := self._refused_init():
             raise ValueError(
-                f"init_lora_weights={self.init_lora_weights!r} cannot be combined with {self.method}: it writes to "
-                f"the base weight or needs data before training. Use one of {_ALLOWED_INITS}."
+                f"init_lora_weights={self.init_lora_weights!r} cannot be combined with {self.method}: {refused}."
             )
-        if self.starts_from_directions and self.init_reading == "svd":
+        if self.subtracts_init or (self.starts_from_directions and self.init_reading == "svd"):
+            name = "init_lora_weights" if self.subtracts_init else "init_reading"
             for alpha in (self.lora_alpha, *(self.alpha_pattern or {}).values()):
                 if not alpha > 0:
                     raise ValueError(
-                        f"lora_alpha={alpha!r} cannot be combined with {self.method} and init_reading='svd', which "
-                        "divides by LoRA's scaling: give a positive alpha, or init_reading='orthonormal'."
+                        f"lora_alpha={alpha!r} cannot be combined with {self.method} and {name}={getattr(self, name)!r}, "
+                        "which divides by LoRA's scaling: give a positive alpha, or another start."
                     )
 
     @property
@@ -170,6 +177,31 @@ class TsdConfig(LoraConfig):
     def starts_from_directions(self) -> bool:
         """Whether A and B restart from the directions: LoRA-Init and LoRA-TSD."""
         return self.method != "lora-dash"
+
+    @property
+    def subtracts_init(self) -> bool:
+        """Whether the layer subtracts the product that A and B are initialized with, as PiSSA's."""
+        init = self.init_lora_weights
+        return isinstance(init, str) and init.lower().startswith(_SUBTRACTED_INITS)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> TsdConfig:
+        """As `LoraConfig.from_pretrained`; CorDA's start, whose data are gone, is left to the weights' file."""
+        config: TsdConfig = super().from_pretrained(*args, **kwargs)
+        config.init_is_saved = True
+        return config
+
+    def _refused_init(self) -> str | None:
+        init = self.init_lora_weights
+        if init == "mica":
+            return f"directions beside MiCA are DashConfig(peft=LoraConfig(init_lora_weights={init!r}, ...))"
+        if init == "loftq":
+            return "LoftQ starts from the error of quantizing a weight, and here the base weight is not quantized"
+        if init not in _INITS and not self.subtracts_init:
+            return f"use one of {(*_INITS, *_SUBTRACTED_INITS)}"
+        if self.starts_from_directions and init not in _INITS[:4]:
+            return "A and B start anew from the directions at the transition; use method='lora-dash'"
+        return None
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -219,16 +219,17 @@ def stack_layer(
     a, b = read("lora_A.weight").float().flatten(1), read("lora_B.weight").float().flatten(1)
     scaling = lora_scaling(config, name, rank=a.shape[0])
     factors = Factors(a, b, scaling)
-    if read("lora_directions.indices")[0] >= 0:
-        if config.learns_along_directions:
-            theta = read("lora_dash.weight").float()
-            if config.dash_unit != "one":
-                theta = read("lora_directions.unit").float() * theta
-            u, v = read("lora_directions.u").float(), read("lora_directions.v").float()
-            factors = factors._replace(delta_sigma=config.dash_lr_ratio * theta, u=u, v=v)
-        if config.starts_from_directions and config.init_reading == "svd":
-            a0, b0 = read("lora_directions.a0").float(), read("lora_directions.b0").float()
-            factors = factors._replace(a0=a0, b0=b0)
+    identified = bool(read("lora_directions.indices")[0] >= 0)
+    if identified and config.learns_along_directions:
+        theta = read("lora_dash.weight").float()
+        if config.dash_unit != "one":
+            theta = read("lora_directions.unit").float() * theta
+        u, v = read("lora_directions.u").float(), read("lora_directions.v").float()
+        factors = factors._replace(delta_sigma=config.dash_lr_ratio * theta, u=u, v=v)
+    restarted = identified and config.starts_from_directions and config.init_reading == "svd"
+    if restarted or config.subtracts_init:
+        a0, b0 = read("lora_directions.a0").float(), read("lora_directions.b0").float()
+        factors = factors._replace(a0=a0, b0=b0)
     try:
         factor_a, factor_b = factors.down(), factors.up()
         torch.empty(factor_b.shape, device="meta") @ torch.empty(factor_a.shape, device="meta")
@@ -274,6 +275,8 @@ def _lora_config(shared: dict[str, Any], ranks: dict[str, int]) -> LoraConfig:
             "rank_pattern": patterns,
             "alpha_pattern": dict(patterns),
             "init_lora_weights": True,
+            **dict.fromkeys(("eva_config", "corda_config", "lora_ga_config")),
+            "loftq_config": {},
             "inference_mode": True,
         }
     )

@@ -8,8 +8,11 @@ on the phase.
 
 from __future__ import annotations
 
+import copy
 import math
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -47,7 +50,8 @@ class FixedDirections(nn.Module):
         rates, sigma: Change rates and singular values of those, shape (m,).
         unit: What Δσ is measured in, shape (num_directions,); None where it is 1.
         u, v: Directions of the dash, shapes (out, num_directions) and (num_directions, in); None for LoRA-Init.
-        a0, b0: Starting factors, shapes (r, in) and (out, r); None but for the `"svd"` reading of LoRA-Init.
+        a0, b0: Starting factors, shapes (r, in) and (out, r); None but for the `"svd"` reading of LoRA-Init and for
+            LoRA-Dash from PiSSA and its like.
     """
 
     def __init__(
@@ -239,12 +243,23 @@ class TsdLayer(DirectedLayer, LoraLayer):
             out_size,
             num_chosen=max(num_dash, num_start),
             num_dash=num_dash,
-            num_start=num_start if config.init_reading == "svd" else 0,
+            num_start=r if config.subtracts_init or (num_start and config.init_reading == "svd") else 0,
             has_unit=config.dash_unit != "one",
         )
         self.tsd_config[adapter_name] = config
+        base = self.get_base_layer()
+        lost = (
+            config.init_is_saved and str(config.init_lora_weights).startswith("corda") and not hasattr(base, "eigens")
+        )
+        if config.subtracts_init and (lost or self.fixed(adapter_name).step.is_meta):
+            # A and B, and what they started from, are read from a file after this.
+            config = copy.copy(config)
+            config.init_lora_weights = True
         # Last, because it moves every part of the adapter to the base layer's device and dtype.
-        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        with _copy_of_weight(base) if config.subtracts_init else nullcontext():
+            super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        if config.subtracts_init:
+            self._fix_start(adapter_name)
 
     def carries(self, adapter: str) -> bool:
         return adapter in self.lora_A
@@ -262,12 +277,12 @@ class TsdLayer(DirectedLayer, LoraLayer):
         return cast(DashScalars, self.lora_dash[adapter])
 
     def learned_change(self, adapter: str) -> LowRank:
-        """LoRA's own change (B, A, scaling), as matrices (out, r) and (r, in), detached."""
-        return (
-            self.lora_B[adapter].weight.detach().flatten(1),
-            self.lora_A[adapter].weight.detach().flatten(1),
-            self.scaling[adapter],
-        )
+        """LoRA's own change (B, A, scaling), as matrices (out, r) and (r, in), detached; less what it started from."""
+        a, b = (factors[adapter].weight.detach().flatten(1) for factors in (self.lora_A, self.lora_B))
+        fixed = self.fixed(adapter)
+        if self.tsd_config[adapter].subtracts_init and fixed.a0 is not None and fixed.b0 is not None:
+            a, b = torch.cat([a, -fixed.a0]), torch.cat([b, fixed.b0], 1)
+        return b, a, self.scaling[adapter]
 
     def factors(self, adapter: str) -> Factors:
         """The whole effective change, by its parts."""
@@ -377,6 +392,7 @@ class TsdLayer(DirectedLayer, LoraLayer):
             self._fix_start(adapter)
         super().fill(adapter, found)
 
+    @torch.no_grad()
     def _fix_start(self, adapter: str) -> None:
         fixed = self.fixed(adapter)
         if fixed.a0 is not None and fixed.b0 is not None:
@@ -389,6 +405,17 @@ class TsdLayer(DirectedLayer, LoraLayer):
         for name, matrix in (("LoRA's B", b), ("LoRA's A", a)):
             check_matrix(matrix, name)
         super().check_identifiable(adapter)
+
+
+@contextmanager
+def _copy_of_weight(base: Any) -> Iterator[None]:
+    """A copy in place of the weight of `base`, for what would write to it."""
+    weight = base.weight.data
+    base.weight.data = weight.clone()
+    try:
+        yield
+    finally:
+        base.weight.data = weight
 
 
 class Linear(TsdLayer, lora.Linear):

@@ -40,8 +40,8 @@ def refusal(config: PeftConfig) -> str | None:
                 return f"with {name}={getattr(config, name)!r}, {reason}"
         if kind == "LORA" and config.init_lora_weights not in _LEAVES_BASE:
             return (
-                f"init_lora_weights={config.init_lora_weights!r} writes to the base weight. Use "
-                f"TsdConfig(method='lora-dash', init_lora_weights={config.init_lora_weights!r}, ...), which does not"
+                f"init_lora_weights={config.init_lora_weights!r} has PEFT write to the base weight; "
+                f"TsdConfig(method='lora-dash', init_lora_weights=...) takes such a start without"
             )
     return None
 

@@ -219,7 +219,7 @@ def open_adapter(
         and not any(getattr(config, field, None) for field in REFUSED_FIELDS)
         and not grouped.intersection(map(_adapted_module, files))  # whose B·A has another shape than the kernel
     )
-    if isinstance(config, LoraConfig):
+    if isinstance(config, LoraConfig) and not isinstance(config, TsdConfig):
         init = config.init_lora_weights
         if isinstance(init, str) and init.startswith(_BASE_CHANGING):
             raise ExploreError(
