@@ -94,7 +94,7 @@ def test_fields_of_the_method_are_read_and_set_through_it():
             {"peft": PromptTuningConfig()},
             "PromptTuningConfig cannot be given directions: it changes what",
         ),
-        ({"peft": TsdConfig()}, "TsdConfig cannot be given directions: it has directions already"),
+        ({"peft": TsdConfig()}, "TsdConfig cannot be given directions: it is not one of PEFT's own methods"),
         ({"peft": LoraConfig(init_lora_weights="pissa")}, r"TsdConfig\(method='lora-dash', init_lora_weights=...\)"),
         ({"peft": LoraConfig(alora_invocation_tokens=[1])}, r"with alora_invocation_tokens=\[1\], an activated LoRA"),
         ({"prelaunch_steps": 0}, "prelaunch_steps must be a positive integer"),

@@ -160,12 +160,13 @@ class TsdConfig(LoraConfig):
                 f"init_lora_weights={self.init_lora_weights!r} cannot be combined with {self.method}: {refused}."
             )
         if self.subtracts_init or (self.starts_from_directions and self.init_reading == "svd"):
-            name = "init_lora_weights" if self.subtracts_init else "init_reading"
+            start = "init_lora_weights" if self.subtracts_init else "init_reading"
             for alpha in (self.lora_alpha, *(self.alpha_pattern or {}).values()):
                 if not alpha > 0:
                     raise ValueError(
-                        f"lora_alpha={alpha!r} cannot be combined with {self.method} and {name}={getattr(self, name)!r}, "
-                        "which divides by LoRA's scaling: give a positive alpha, or another start."
+                        f"lora_alpha={alpha!r} cannot be combined with {self.method} and {start}="
+                        f"{getattr(self, start)!r}, which divides by LoRA's scaling: give a positive alpha, or another "
+                        f"{start}."
                     )
 
     @property

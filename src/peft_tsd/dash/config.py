@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field, fields
-from typing import Any, get_args
+from typing import Any
 
 from peft import PeftConfig, PeftType
 
-from ..config import DashUnit, _check_choice, _check_positive_float, _check_positive_int
+from ..config import DashUnit, TsdConfig
 from ..directions import Selection
 from .methods import REFUSED, has_layers, refusal
 
@@ -97,14 +97,8 @@ class DashConfig(PeftConfig):
         self.peft_type = DashType[self.peft.peft_type.name]
         # Not a field: the warning about a missing transition is given once a process, and held while a schedule runs.
         self.prelaunch_notice_given = False
-        _check_choice("dash_unit", self.dash_unit, get_args(DashUnit))
-        _check_choice("selection", self.selection, get_args(Selection))
-        _check_positive_int(
-            "prelaunch_steps", self.prelaunch_steps, "the number of optimizer steps of the method alone"
-        )
-        _check_positive_int("num_directions", self.num_directions, "the number of directions a layer")
-        _check_positive_float("dash_lr_ratio", self.dash_lr_ratio)
-        _check_positive_float("eps", self.eps)
+        # Checked where they are defined.
+        TsdConfig(method="lora-dash", **{name: getattr(self, name) for name in _AS_IN_TSD})
 
     @property
     def method(self) -> str:
@@ -131,6 +125,8 @@ class DashConfig(PeftConfig):
         if isinstance(inner, PeftConfig) and (not own or name in _SHARED):
             setattr(inner, name, value)
 
+
+_AS_IN_TSD = ("prelaunch_steps", "num_directions", "dash_lr_ratio", "dash_unit", "selection", "eps")
 
 # What every PeftConfig has, but for what tells the two apart.
 _SHARED = tuple(name for name in PeftConfig.__dataclass_fields__ if name not in ("peft_type", "peft_version"))

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
 from ..config import REFUSED_FIELDS
 
 REFUSED = {
     "BEFT": "it trains biases, and changes no weight",
-    "DASH": "it has directions already",
     "LILY": "the factors a layer uses depend on the input, so that no one change of the weight exists",
     "LN_TUNING": "it trains copies of norms, whose weights are vectors and have no directions",
     "POLY": "the skills a layer uses depend on the task of each row, so that no one change of the weight exists",
     "SHADOW": "it changes what whole blocks are given, and no weight",
     "TRAINABLE_TOKENS": "it trains rows of an embedding, which are looked up and not multiplied with",
-    "TSD": "it has directions already",
     "XLORA": "it mixes finished LoRAs anew for each input, so that no one change of the weight exists",
 }
 
@@ -28,6 +26,8 @@ _LEAVES_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
 def refusal(config: PeftConfig) -> str | None:
     """Why the method of `config` cannot be given directions, in one line; None where it can."""
     kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind not in PeftType.__members__:
+        return "it is not one of PEFT's own methods"
     if kind in REFUSED:
         return REFUSED[kind]
     if config.is_prompt_learning or config.is_adaption_prompt:
