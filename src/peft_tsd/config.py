@@ -165,7 +165,7 @@ class TsdConfig(LoraConfig):
                 if not alpha > 0:
                     raise ValueError(
                         f"lora_alpha={alpha!r} cannot be combined with {self.method} and {start}="
-                        f"{getattr(self, start)!r}, which divides by LoRA's scaling: give a positive alpha, or another "
+                        f"{getattr(self, start)!r}, which divides by LoRA's scaling: give a positive alpha or another "
                         f"{start}."
                     )
 
