@@ -45,6 +45,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 import reference
 import text_models
 import tiny
+from peft_tsd import DashConfig
 from peft_tsd.explore import ExploreError, explore
 from peft_tsd.explore.weights import Checkpoint
 
@@ -157,6 +158,22 @@ def test_tsd_adapters(trained, tmp_path):
         layer = trained.base_model.model.get_submodule(change.name)
         expected = reference.change_rates(layer.weight_matrix(), reference.effective_change(layer))
         np.testing.assert_allclose(change.rates, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_directions_beside_another_method(tmp_path):
+    config = DashConfig(peft=LoHaConfig(r=2, target_modules=TARGETS), prelaunch_steps=3, dash_lr_ratio=20.0)
+    model = get_peft_model(tiny.llama(), config)
+    tiny.train(model, 6)
+    model.save_pretrained(tmp_path / "adapter")
+    tiny.llama().save_pretrained(tmp_path / "model")
+    [found] = explore(str(tmp_path / "model"), str(tmp_path / "adapter"))
+    assert found.kind == "DASH_LOHA"
+    assert len(found.weights) == 6
+    for change in found.weights:
+        layer = model.base_model.model.get_submodule(change.name)
+        delta = layer.learned_change("default") + layer.dash_weight("default")
+        expected = reference.change_rates(layer.weight_matrix(), delta)
+        np.testing.assert_allclose(change.rates, expected, rtol=1e-3, atol=1e-6)
 
 
 def refusal(*arguments, **options) -> str:

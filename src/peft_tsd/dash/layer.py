@@ -73,7 +73,7 @@ class DashLayer(DirectedLayer):
         """The merged weight less the base weight: float64, shape (out, in).
 
         Raises:
-            ValueError: PEFT cannot merge this layer.
+            ValueError: As `merged_without_directions`.
         """
         change: Tensor = self.merged_without_directions(adapter).weight_matrix() - as_double(self.weight_matrix())
         return change
@@ -83,8 +83,10 @@ class DashLayer(DirectedLayer):
         """A copy of this layer, in float64, with what `adapter` learned without its directions in the base weight.
 
         Raises:
-            ValueError: PEFT cannot merge this layer.
+            ValueError: PEFT cannot merge this layer, or its adapters are merged.
         """
+        if self.merged:
+            raise ValueError(f"its adapters {self.merged_adapters} are merged; call unmerge_adapter() first.")
         layer: DashLayer = copy.deepcopy(self).eval()
         layer.to(as_double(self.weight_matrix()[:0]).device, torch.float64)
         try:
@@ -95,11 +97,6 @@ class DashLayer(DirectedLayer):
                 f"change of the weight to read ({error})."
             ) from None
         return layer
-
-    def check_identifiable(self, adapter: str) -> None:
-        if self.merged:
-            raise ValueError(f"its adapters {self.merged_adapters} are merged; call unmerge_adapter() first.")
-        super().check_identifiable(adapter)
 
     def dash_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """`diag(Δσ) Vᵀ`, shape (num_directions, in), and U, shape (out, num_directions)."""

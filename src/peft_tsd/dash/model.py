@@ -39,7 +39,7 @@ class DashModel(DirectedModel, BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         # A layer whose change cannot be read is found here, and not after the pre-launch.
         name, layer = next(iter(adapted_layers(model, adapter_name).items()))
-        if not any(tensor.is_meta for tensor in layer.parameters()):
+        if not layer.merged and not any(tensor.is_meta for tensor in layer.parameters()):
             try:
                 layer.learned_change(adapter_name)
             except ValueError as error:
@@ -122,10 +122,12 @@ def register() -> None:
     """Make every method with directions known to PEFT."""
     for kind in DashType:
         tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[kind.name]
-        # The method's, by which PEFT and transformers know what belongs to an adapter. But AdaLoRA takes all that
-        # starts so for factors whose rank it allocates.
-        own_prefix = "" if kind.name == "ADALORA" else tuner.prefix
-        names = {"__module__": __name__, "dash_type": kind, "own_prefix": own_prefix}
+        # The method's prefix, by which PEFT and transformers know what belongs to an adapter.
+        names: dict[str, Any] = {"__module__": __name__, "dash_type": kind, "own_prefix": tuner.prefix}
+        if kind.name == "ADALORA":
+            # It takes all that starts so for factors whose rank it allocates; and its allocator is on the tuner, which
+            # inject_adapter_in_model would lose.
+            names |= {"own_prefix": "", "uses_shared_state": True}
         PEFT_TYPE_TO_CONFIG_MAPPING[kind] = DashConfig
         PEFT_TYPE_TO_TUNER_MAPPING[kind] = type(f"Dash{tuner.__name__}", (DashModel, tuner), names)
         PEFT_TYPE_TO_PREFIX_MAPPING[kind] = PEFT_TYPE_TO_PREFIX_MAPPING[kind.name]
