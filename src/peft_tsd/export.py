@@ -178,7 +178,7 @@ def _dash_as_lora(config: DashConfig, state: dict[str, Tensor], layers: dict[str
         out[f"base_model.model.{name}.lora_B.weight"] = layer.b
     shared = {
         "target_modules": list(layers),
-        "modules_to_save": config.modules_to_save,
+        "modules_to_save": getattr(config, "modules_to_save", None),
         "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
         **{name: getattr(config, name) for name in ("task_type", "base_model_name_or_path", "revision")},
     }
@@ -187,7 +187,7 @@ def _dash_as_lora(config: DashConfig, state: dict[str, Tensor], layers: dict[str
     return _Lora(_lora_config(shared, ranks), _detached(out), errors)
 
 
-# A key that starts so is of a model with a tuner, but not of the model in the tuner.
+# How a tensor is called that belongs to a tuner, and not to the model in it.
 _TUNERS_OWN = re.compile(r"base_model\.(?!model\.)")
 
 

@@ -52,23 +52,20 @@ def stack_layers(model: nn.Module, adapter: str, rank: int | None) -> dict[str, 
                 f"The change that {config.peft.peft_type.value} makes may be of full rank, and PEFT converts no such "
                 "adapter to a LoRA. Give rank=..., and read the errors reported; or merge_and_unload() and save that."
             )
-        if getattr(config, "bias", "none") != "none" or _changes_bias(layer, adapter):
+        merged = layer.merged_without_directions(adapter)
+        bias, merged_bias = layer.get_base_layer().bias, merged.get_base_layer().bias
+        changes_bias = bias is not None and not torch.equal(as_double(bias), merged_bias)
+        if getattr(config, "bias", "none") != "none" or changes_bias:
             raise ValueError(
                 f"{config.peft.peft_type.value} has changed biases too (in {name}), which a LoRA does not hold. Call "
                 "merge_and_unload() and save the model."
             )
-        stacked[name] = _stack(layer, adapter, rank)
+        stacked[name] = _stack(layer, adapter, merged.weight_matrix() - as_double(layer.weight_matrix()), rank)
     return stacked
 
 
-def _changes_bias(layer: DashLayer, adapter: str) -> bool:
-    before, after = (one.get_base_layer().bias for one in (layer, layer.merged_without_directions(adapter)))
-    return before is not None and not torch.equal(as_double(before), after)
-
-
 @torch.no_grad()
-def _stack(layer: DashLayer, adapter: str, rank: int | None) -> Stacked:
-    change = layer.learned_change(adapter)
+def _stack(layer: DashLayer, adapter: str, change: Tensor, rank: int | None) -> Stacked:
     u, sigma, v_transposed = torch.linalg.svd(change, full_matrices=False)
     # What float32 parameters can say of a rank.
     own = int((sigma > sigma[0] * max(change.shape) * torch.finfo(torch.float32).eps).sum())
