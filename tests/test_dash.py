@@ -362,6 +362,23 @@ def test_injection_into_a_model_without_a_tuner():
         inject_adapter_in_model(config(), plain, adapter_name="two")
 
 
+def test_a_classifier_keeps_its_head(tmp_path):
+    model = get_peft_model(tiny.bert(), config(LoKrConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")))
+    ids = tiny.tokens(6)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(4):
+        model(ids, labels=torch.tensor([0, 1, 2, 0, 1, 2])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        advance(model, optimizer)
+    model.eval().save_pretrained(tmp_path)
+    export_lora(model, tmp_path / "lora")
+    for folder in (tmp_path, tmp_path / "lora"):
+        other = tiny.bert()
+        nn.init.normal_(other.classifier.weight)
+        torch.testing.assert_close(logits(PeftModel.from_pretrained(other, folder), ids), logits(model, ids))
+
+
 def test_copies_and_pickles():
     model = trained()
     for other in (copy.deepcopy(model), torch.load(_saved(model), weights_only=False)):
@@ -446,6 +463,10 @@ def test_what_no_lora_holds_is_not_exported(tmp_path):
     oft.save_pretrained(tmp_path / "native")
     with pytest.raises(ValueError, match=r"type DASH_OFT, whose change is read on its base model"):
         export_lora(tmp_path / "native", tmp_path / "out")
+    broken = trained()
+    broken.base_model.model.model.layers[0].self_attn.q_proj.hada_w1_a["default"].data[0] = torch.nan
+    with pytest.raises(ValueError, match=r"the change of model\.layers\.0\.self_attn\.q_proj .* NaN or Inf"):
+        export_lora(broken, tmp_path / "out")
     with pytest.raises(TypeError, match="do not support LoRA conversion"):
         convert_to_lora(trained(), rank=4)  # PEFT's own would drop the directions
     assert not (tmp_path / "out").exists()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..directions import check_matrix
 from ..model import adapted_layers
 from ..spectrum import as_double
 from .layer import DashLayer
@@ -41,7 +42,7 @@ def stack_layers(model: nn.Module, adapter: str, rank: int | None) -> dict[str, 
         rank: How much to keep of the method's own change; all of it by default.
 
     Raises:
-        ValueError: No rank is given and PEFT has no LoRA of this method; or biases changed too.
+        ValueError: No rank is given and PEFT has no LoRA of this method; biases changed too; or NaN or Inf.
     """
     stacked = {}
     for name, layer in adapted_layers(model, adapter).items():
@@ -60,7 +61,9 @@ def stack_layers(model: nn.Module, adapter: str, rank: int | None) -> dict[str, 
                 f"{config.peft.peft_type.value} has changed biases too (in {name}), which a LoRA does not hold. Call "
                 "merge_and_unload() and save the model."
             )
-        stacked[name] = _stack(layer, adapter, merged.weight_matrix() - as_double(layer.weight_matrix()), rank)
+        change = merged.weight_matrix() - as_double(layer.weight_matrix())
+        check_matrix(change, f"the change of {name}")
+        stacked[name] = _stack(layer, adapter, change, rank)
     return stacked
 
 
