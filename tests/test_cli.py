@@ -12,7 +12,8 @@ from peft import PeftConfig
 import text_models
 from peft_tsd import cli
 from peft_tsd.cli import main
-from peft_tsd.recipe import shipped_recipes
+from peft_tsd.recipe import load_recipe, shipped_recipes
+from peft_tsd.recipe_check import check_recipe_model
 from peft_tsd.tasks.commonsense import from_boolq
 
 
@@ -216,6 +217,14 @@ def test_recipes_check(capsys):
         assert line.split()[1:] == f"{lora + 1280:,} = LoRA {lora:,} + Δσ 1,280".split()
     assert sum("task=" in line for line in lines) == 3
     assert lines[-1].endswith("+ head 770")
+
+
+def test_scalars_that_a_budget_leaves_unused_are_counted_apart():
+    plain, spread = (
+        check_recipe_model(load_recipe("minilm-glue", [f"directions.direction_budget={budget}"]))
+        for budget in ("layer", "global")
+    )
+    assert spread == {**plain, "unused Δσ": 3 * plain["Δσ"]}
 
 
 @pytest.mark.slow

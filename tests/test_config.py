@@ -1,4 +1,8 @@
+import itertools
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig, PeftConfig
 
 from peft_tsd import TsdConfig
@@ -7,6 +11,7 @@ from peft_tsd import TsdConfig
 def test_defaults_are_the_papers():
     config = TsdConfig()
     assert (config.method, config.prelaunch_steps, config.num_directions) == ("lora-tsd", 100, 8)
+    assert (config.direction_budget, config.direction_slots, config.check_steps) == ("layer", 8, ())
     assert (config.init_reading, config.dash_lr_ratio, config.eps) == ("svd", 1.0, 1e-6)
     assert isinstance(config, LoraConfig)
     assert config.peft_type == "TSD"
@@ -31,8 +36,19 @@ def test_it_survives_saving(tmp_path):
         ),
         ({"method": None}, "got None"),
         ({"init_reading": "SVD"}, "init_reading must be one of svd, orthonormal; got 'SVD'"),
-        ({"prelaunch_steps": 0}, "prelaunch_steps must be a positive integer.*got 0"),
+        ({"prelaunch_steps": -1}, "prelaunch_steps must be the number of .*, 0 for .* gradients, or 'auto'; got -1"),
         ({"prelaunch_steps": 1.5}, "got 1.5"),
+        ({"prelaunch_steps": True}, "got True"),
+        ({"prelaunch_steps": "Auto"}, "got 'Auto'"),
+        ({"prelaunch_min": 0}, "prelaunch_min must be a positive integer.*got 0"),
+        ({"prelaunch_max": 20}, "prelaunch_max=20 is less than prelaunch_min=25"),
+        ({"settled_agreement": 0}, "settled_agreement must be a positive, finite number; got 0"),
+        ({"settled_agreement": 1.1}, "settled_agreement is a part, at most 1; got 1.1"),
+        ({"direction_budget": "model"}, "direction_budget must be one of layer, global; got 'model'"),
+        ({"direction_budget": "global", "selection": "top"}, "goes by change rates, and selection='top' does not"),
+        ({"max_directions": 16}, "max_directions=16 is for direction_budget='global'.*got direction_budget='layer'"),
+        ({"max_directions": 4, "direction_budget": "global"}, "not less than num_directions.*num_directions=8"),
+        ({"max_directions": 0, "direction_budget": "global"}, "max_directions must be a positive integer.*got 0"),
         ({"num_directions": -8}, "num_directions must be a positive integer.*got -8"),
         ({"num_directions": True}, "got True"),
         ({"dash_lr_ratio": 0}, "dash_lr_ratio must be a positive, finite number; got 0"),
@@ -96,3 +112,22 @@ def test_each_method_says_what_it_does():
     told = {m: TsdConfig(method=m) for m in ("lora-dash", "lora-init", "lora-tsd")}
     assert [c.learns_along_directions for c in told.values()] == [True, False, True]
     assert [c.starts_from_directions for c in told.values()] == [False, True, True]
+
+
+@given(st.integers(1, 300), st.integers(0, 1000))
+def test_checks_of_an_automatic_prelaunch(shortest, more):
+    """One before the earliest end, one at it, then each a quarter further on; none at the end."""
+    config = TsdConfig(prelaunch_steps="auto", prelaunch_min=shortest, prelaunch_max=shortest + more)
+    steps = config.check_steps
+    assert config.longest_prelaunch == shortest + more
+    assert list(steps) == sorted(set(steps))
+    assert all(1 <= step < shortest + more for step in steps)
+    assert (shortest in steps) == (more > 0)
+    for before, after in itertools.pairwise(steps):
+        assert after >= 1.25 * before or after == shortest
+        assert after <= 1.25 * before + 1.25
+
+
+def test_slots_of_a_budget():
+    assert TsdConfig(direction_budget="global", num_directions=3).direction_slots == 12
+    assert TsdConfig(direction_budget="global", num_directions=3, max_directions=5).direction_slots == 5

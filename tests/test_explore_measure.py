@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import reference
+from peft_tsd.directions import change_norm
 from peft_tsd.explore import Exploration, Trajectory, agreement, measure, overlap
-from peft_tsd.explore.measure import change_norm, place, random_directions
+from peft_tsd.explore.measure import place, random_directions
 from peft_tsd.explore.trajectory import step_name, write_index
 
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 12))

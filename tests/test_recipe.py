@@ -75,6 +75,12 @@ def test_defaults_are_spelled_out_and_read_back():
         ({"training": {"steps": 9, "epochs": 1}}, ["exactly one of steps and epochs", "epochs=1"]),
         ({"training": {"steps": 200, "keep_checkpoints": 1}}, ["training.keep_checkpoints=1"]),
         ({"training": {"steps": 100}}, ["100 steps", "directions.prelaunch_steps=100", "fewer prelaunch_steps"]),
+        (
+            {"directions": {"prelaunch_steps": "auto"}},
+            ["200 steps", "directions.prelaunch_max=200", "fewer prelaunch_max"],
+        ),
+        ({"directions": {"prelaunch_steps": -1}}, ["directions.prelaunch_steps=-1: expected a number", "or 'auto'"]),
+        ({"directions": {"prelaunch_steps": "Auto"}}, ["directions.prelaunch_steps='Auto'"]),
     ],
 )
 def test_refusals_repeat_what_was_given(sections, parts):

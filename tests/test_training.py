@@ -258,6 +258,28 @@ def test_epochs_and_gradient_checkpointing(place):
         run(recipe, "training.epochs=1", "directions.prelaunch_steps=5", f"output={place / 'short'}")
 
 
+@pytest.mark.parametrize(
+    ("changes", "step"),
+    [({"prelaunch_steps": 0}, 0), ({"prelaunch_steps": "auto", "prelaunch_min": 7, "prelaunch_max": 9}, None)],
+    ids=["from gradients", "auto"],
+)
+def test_when_the_directions_are_identified(changes, step, place, monkeypatch):
+    recipe = text_models.write_recipe(place, directions={**changes, "direction_budget": "global"})
+    whole = run(recipe)
+    made = whole.metrics["phase_change"]
+    assert made["step"] == whole.model.directions().prelaunch_steps
+    if step is None:
+        assert [check["step"] for check in made["checks"]] == [7]
+        assert "of the directions were there at the last check" in whole.folder.log.read_text()
+    else:
+        assert made["step"] == step
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, "step 6")
+        with pytest.raises(training.Interrupted):
+            run(recipe, f"output={place / 'stopped'}")
+    assert_same_result(run(recipe, f"output={place / 'stopped'}", "resume=true").folder, whole.folder)
+
+
 @pytest.mark.slow
 def test_gguf_from_a_package_is_an_ordinary_model(tmp_path):
     pytest.importorskip("gguf")

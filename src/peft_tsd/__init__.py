@@ -19,7 +19,7 @@ from .dash.config import DashConfig
 from .dash.model import DashModel, register
 from .export import ExportReport, export_lora
 from .model import Directions, LayerDirections, PrelaunchWarning, TsdModel
-from .schedule import TransitionError, TsdCallback, advance
+from .schedule import TransitionError, TsdCallback, advance, identify_from_gradients
 
 # What peft.utils.register_peft_method does, for a type that is no member of PEFT's own enumeration.
 PEFT_TYPE_TO_CONFIG_MAPPING[TsdType.TSD] = TsdConfig
@@ -42,6 +42,7 @@ __all__ = [
     "TsdModel",
     "advance",
     "export_lora",
+    "identify_from_gradients",
 ]
 
 

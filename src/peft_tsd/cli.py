@@ -311,8 +311,9 @@ def _summary(result: Any) -> str:
         from .model import Directions
 
         directions = result.model.directions()
-        most = sorted(directions, key=lambda name: -float(directions[name].rates[0]))[:5]
-        lines += ["", "most changed layers:", str(Directions({name: directions[name] for name in most}))]
+        most = sorted(directions, key=lambda name: -float(directions[name].rates[:1].sum()))[:5]
+        shown = Directions({name: directions[name] for name in most}, directions.prelaunch_steps)
+        lines += ["", "most changed layers:", str(shown)]
     lines += ["", f"run folder   {_near(folder.path)}"]
     kept = {
         "adapter": folder.adapter,

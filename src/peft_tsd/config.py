@@ -15,6 +15,12 @@ from .directions import Selection
 Method = Literal["lora-dash", "lora-init", "lora-tsd"]
 InitReading = Literal["svd", "orthonormal"]
 DashUnit = Literal["one", "sigma", "layer"]
+DirectionBudget = Literal["layer", "global"]
+
+CHECK_GROWTH = 1.25
+"""How much longer an automatic pre-launch has become from one check to the next. Not a number of steps: sets that
+drift ever more slowly, as LoRA's do, pass for settled sooner or later wherever they are compared at a fixed distance.
+"""
 
 
 class TsdType(str, enum.Enum):
@@ -26,8 +32,13 @@ class TsdType(str, enum.Enum):
 class DirectionSettings(Protocol):
     """What every configuration with directions has in common; `TsdConfig` says what each field means."""
 
-    prelaunch_steps: int
+    prelaunch_steps: int | Literal["auto"]
+    prelaunch_min: int
+    prelaunch_max: int
+    settled_agreement: float
     num_directions: int
+    direction_budget: DirectionBudget
+    max_directions: int | None
     dash_lr_ratio: float
     dash_unit: DashUnit
     selection: Selection
@@ -37,6 +48,41 @@ class DirectionSettings(Protocol):
     @property
     def method(self) -> str:
         """Its name in messages."""
+
+    @property
+    def direction_slots(self) -> int: ...
+
+    @property
+    def longest_prelaunch(self) -> int: ...
+
+    @property
+    def check_steps(self) -> tuple[int, ...]: ...
+
+
+class Planned:
+    """What follows from the settings of the pre-launch and of the number of directions; mixed into configurations."""
+
+    @property
+    def direction_slots(self: DirectionSettings) -> int:
+        """Scalars a layer holds for its directions: all of `num_directions`, or as many as it may get of a budget."""
+        if self.direction_budget == "layer":
+            return self.num_directions
+        return self.max_directions or 4 * self.num_directions
+
+    @property
+    def longest_prelaunch(self: DirectionSettings) -> int:
+        """The most optimizer steps that can pass before the directions are identified."""
+        return self.prelaunch_max if self.prelaunch_steps == "auto" else self.prelaunch_steps
+
+    @property
+    def check_steps(self: DirectionSettings) -> tuple[int, ...]:
+        """The steps after which an automatic pre-launch checks its directions; none at `prelaunch_max`, its end."""
+        if self.prelaunch_steps != "auto":
+            return ()
+        steps = [max(1, int(self.prelaunch_min / CHECK_GROWTH)), self.prelaunch_min]
+        while steps[-1] < self.prelaunch_max:
+            steps.append(math.ceil(steps[-1] * CHECK_GROWTH))
+        return tuple(sorted({step for step in steps if step < self.prelaunch_max}))
 
 
 # Fields of LoraConfig that change what a layer computes in ways the directions do not (yet) follow, and why.
@@ -62,11 +108,12 @@ _SUBTRACTED_INITS = ("pissa", "pissa_niter_", "olora", "corda", "lora_ga")
 
 
 @dataclass
-class TsdConfig(LoraConfig):
+class TsdConfig(Planned, LoraConfig):
     """Configuration of LoRA-Dash, LoRA-Init and LoRA-TSD (Si et al., arXiv 2409.01035).
 
     Training starts with a pre-launch of plain LoRA. After `prelaunch_steps` optimizer steps the task-specific
-    directions of every adapted layer are identified, once, from what LoRA learned so far. Then
+    directions of every adapted layer are identified, once, from what LoRA learned so far (without a pre-launch: from
+    the gradient of the frozen weights). Then
 
     - `"lora-dash"` also learns the change along them: `W + s·B·A + Σ_j Δσ_j u_j v_jᵀ`;
     - `"lora-init"` restarts LoRA's A and B from them;
@@ -80,11 +127,28 @@ class TsdConfig(LoraConfig):
     Args:
         method (`str`, defaults to `"lora-tsd"`):
             One of `"lora-dash"`, `"lora-init"`, `"lora-tsd"`.
-        prelaunch_steps (`int`, defaults to 100):
-            Optimizer steps of plain LoRA before the directions are identified; t in the paper.
+        prelaunch_steps (`int` or `"auto"`, defaults to 100):
+            Optimizer steps of plain LoRA before the directions are identified; t in the paper. `"auto"`: until the
+            directions that would be identified have settled. 0: none, the directions are identified from the gradient
+            of the frozen weights (`identify_from_gradients`; `TsdCallback` does it by itself).
+        prelaunch_min (`int`, defaults to 25):
+            The fewest steps of an automatic pre-launch.
+        prelaunch_max (`int`, defaults to 200):
+            The most steps of an automatic pre-launch, whether the directions have settled or not.
+        settled_agreement (`float`, defaults to 0.9):
+            An automatic pre-launch ends where at least this part of the directions, in the mean over layers, was
+            among those of the check before it. Checks stand at `prelaunch_min` / 1.25, at `prelaunch_min`, and from
+            there each a quarter further on than the one before.
         num_directions (`int`, defaults to 8):
             Directions a layer whose change is learned directly; s in the paper. `"lora-init"` does not use it: it
             restarts from the r highest.
+        direction_budget (`str`, defaults to `"layer"`):
+            `"layer"`: every layer gets `num_directions`. `"global"`: the same total goes to the directions of the
+            whole model whose change rates stand out most, each measured by what a random change of the same norm
+            would show in its layer. `"lora-init"` does not use it.
+        max_directions (`int`, *optional*):
+            With `direction_budget="global"`, the most directions a layer can get; 4 × `num_directions` by default.
+            Every layer holds that many scalars from the start, and those it does not get stay zero.
         init_reading (`str`, defaults to `"svd"`):
             How LoRA-Init starts from directions U, σ, V. `"svd"`: `B₀ = U Σ^½/√s`, `A₀ = Σ^½ Vᵀ/√s`, the layer
             computing `W + s(B·A − B₀·A₀)`. `"orthonormal"`: `A₀ = Vᵀ`, `B₀ = 0`. `"lora-dash"` does not use it.
@@ -118,10 +182,23 @@ class TsdConfig(LoraConfig):
     """
 
     method: Method = field(default="lora-tsd", metadata={"help": "lora-dash, lora-init or lora-tsd."})
-    prelaunch_steps: int = field(
-        default=100, metadata={"help": "Optimizer steps of plain LoRA before the directions are identified."}
+    prelaunch_steps: int | Literal["auto"] = field(
+        default=100,
+        metadata={"help": "Optimizer steps of plain LoRA before the directions are identified; auto; 0: gradients."},
+    )
+    prelaunch_min: int = field(default=25, metadata={"help": "The fewest steps of an automatic pre-launch."})
+    prelaunch_max: int = field(default=200, metadata={"help": "The most steps of an automatic pre-launch."})
+    settled_agreement: float = field(
+        default=0.9,
+        metadata={"help": "An automatic pre-launch ends where this part of the directions was in the last check's."},
     )
     num_directions: int = field(default=8, metadata={"help": "Directions a layer whose change is learned directly."})
+    direction_budget: DirectionBudget = field(
+        default="layer", metadata={"help": "Whether num_directions go to every layer, or as many in all to the model."}
+    )
+    max_directions: int | None = field(
+        default=None, metadata={"help": "The most directions a layer can get of a global budget."}
+    )
     init_reading: InitReading = field(
         default="svd", metadata={"help": "How LoRA-Init starts from the directions: svd or orthonormal."}
     )
@@ -148,10 +225,34 @@ class TsdConfig(LoraConfig):
         _check_choice("init_reading", self.init_reading, get_args(InitReading))
         _check_choice("dash_unit", self.dash_unit, get_args(DashUnit))
         _check_choice("selection", self.selection, get_args(Selection))
-        _check_positive_int("prelaunch_steps", self.prelaunch_steps, "the number of optimizer steps of plain LoRA")
+        _check_choice("direction_budget", self.direction_budget, get_args(DirectionBudget))
+        _check_prelaunch_steps(self.prelaunch_steps)
+        _check_positive_int("prelaunch_min", self.prelaunch_min, "the fewest steps of an automatic pre-launch")
+        _check_positive_int("prelaunch_max", self.prelaunch_max, "the most steps of an automatic pre-launch")
+        if self.prelaunch_max < self.prelaunch_min:
+            raise ValueError(
+                f"prelaunch_max={self.prelaunch_max} is less than prelaunch_min={self.prelaunch_min}; give the fewest "
+                "and the most steps of an automatic pre-launch."
+            )
+        _check_positive_float("settled_agreement", self.settled_agreement)
+        if self.settled_agreement > 1:
+            raise ValueError(f"settled_agreement is a part, at most 1; got {self.settled_agreement!r}.")
         _check_positive_int("num_directions", self.num_directions, "the number of directions a layer")
+        if self.max_directions is not None:
+            _check_positive_int("max_directions", self.max_directions, "the most directions a layer can get")
+            if self.direction_budget == "layer" or self.max_directions < self.num_directions:
+                raise ValueError(
+                    f"max_directions={self.max_directions} is for direction_budget='global', and not less than "
+                    f"num_directions; got direction_budget={self.direction_budget!r}, "
+                    f"num_directions={self.num_directions}."
+                )
         _check_positive_float("dash_lr_ratio", self.dash_lr_ratio)
         _check_positive_float("eps", self.eps)
+        if self.direction_budget == "global" and self.selection != "tsd":
+            raise ValueError(
+                f"direction_budget='global' goes by change rates, and selection={self.selection!r} does not; use "
+                "direction_budget='layer'."
+            )
         for name, reason in REFUSED_FIELDS.items():
             if getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} cannot be combined with {self.method}: {reason}.")
@@ -211,6 +312,15 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     near = difflib.get_close_matches(str(value), choices, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.{hint}")
+
+
+def _check_prelaunch_steps(value: Any) -> None:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        return
+    raise ValueError(
+        "prelaunch_steps must be the number of optimizer steps of plain LoRA, 0 for directions from gradients, or "
+        f"'auto'; got {value!r}."
+    )
 
 
 def _check_positive_int(name: str, value: Any, meaning: str) -> None:

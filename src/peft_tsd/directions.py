@@ -156,30 +156,7 @@ def task_specific_directions(
     check_change(weight, delta)
     spectrum = Spectrum(weight)
     rates = rates_on(spectrum, delta, eps)
-    indices = _ranked(rates, spectrum.sigma + eps, selection, seed)[:num]
-    return TaskSpecificDirections(
-        indices=indices.to(weight.device),
-        rates=_like(weight, rates[indices]),
-        u=_like(weight, spectrum.u(indices)),
-        sigma=_like(weight, spectrum.sigma[indices]),
-        v=_like(weight, spectrum.v(indices)),
-    )
-
-
-def _ranked(rates: Tensor, sigma: Tensor, selection: Selection, seed: int) -> Tensor:
-    """All positions of the spectrum, in the order in which they would be taken."""
-    if selection == "top":
-        return torch.arange(len(rates), device=rates.device)
-    if selection == "bottom":
-        return torch.arange(len(rates), device=rates.device).flip(0)
-    generator = torch.Generator().manual_seed(seed)
-    if selection == "random":
-        return torch.randperm(len(rates), generator=generator).to(rates.device)
-    if selection == "random-change":
-        # The coordinates u_iᵀ N v_i of a Gaussian N are independent standard normal numbers.
-        rates = torch.randn(len(rates), generator=generator, dtype=rates.dtype).abs().to(sigma) / sigma
-    # A stable sort, so that equal rates are taken in the order of the spectrum on every machine.
-    return torch.sort(rates, descending=True, stable=True).indices
+    return directions_on(spectrum, rates, ranked(rates, spectrum.sigma + eps, selection, seed)[:num], like=weight)
 
 
 def check_matrix(matrix: Tensor, name: str) -> None:
@@ -243,6 +220,77 @@ def rates_on(spectrum: Spectrum, delta: Tensor | LowRank, eps: float) -> Tensor:
     if not 0 < eps < float("inf"):
         raise ValueError(f"eps must be positive and finite; got {eps!r}.")
     return coordinates_on(spectrum, delta).abs() / (spectrum.sigma + eps)
+
+
+def ranked(rates: Tensor, sigma: Tensor, selection: Selection, seed: int) -> Tensor:
+    """All positions of the spectrum, in the order in which they would be taken."""
+    if selection == "top":
+        return torch.arange(len(rates), device=rates.device)
+    if selection == "bottom":
+        return torch.arange(len(rates), device=rates.device).flip(0)
+    generator = torch.Generator().manual_seed(seed)
+    if selection == "random":
+        return torch.randperm(len(rates), generator=generator).to(rates.device)
+    if selection == "random-change":
+        # The coordinates u_iᵀ N v_i of a Gaussian N are independent standard normal numbers.
+        rates = torch.randn(len(rates), generator=generator, dtype=rates.dtype).abs().to(sigma) / sigma
+    return highest_first(rates)
+
+
+def highest_first(rates: Tensor) -> Tensor:
+    """Positions of change rates, the highest first; int64, shape (k,)."""
+    # A stable sort, so that equal rates are taken in the order of the spectrum on every machine.
+    return torch.sort(rates, descending=True, stable=True).indices
+
+
+def directions_on(spectrum: Spectrum, rates: Tensor, indices: Tensor, like: Tensor) -> TaskSpecificDirections:
+    """`TaskSpecificDirections` of those `indices` of a factorized weight, in the device and dtype for `like`."""
+    return TaskSpecificDirections(
+        indices=indices.to(like.device),
+        rates=_like(like, rates[indices]),
+        u=_like(like, spectrum.u(indices)),
+        sigma=_like(like, spectrum.sigma[indices]),
+        v=_like(like, spectrum.v(indices)),
+    )
+
+
+def change_norm(delta: Tensor | LowRank) -> float:
+    """‖ΔW‖ (Frobenius); of low-rank factors, from the (r, r) core between the QR factors of B and Aᵀ."""
+    if isinstance(delta, Tensor):
+        return float(as_double(delta).norm())
+    b, a, scaling = delta
+    # Not from BᵀB and AAᵀ: squaring would lose half of the digits where the factors' terms cancel each other, as those
+    # of a LoRA-Init that has just begun.
+    core_b = torch.linalg.qr(as_double(b), mode="r").R
+    core_a = torch.linalg.qr(as_double(a).mT, mode="r").R
+    return abs(scaling) * float((core_b @ core_a.mT).norm())
+
+
+def chance_rate(sigma: Tensor, entry: float, num: int, eps: float) -> float:
+    """The change rate that, on average, `num` directions of a weight exceed under a random change.
+
+    The core coordinates of a ΔW of independent Gaussian entries are independent and Gaussian, of the same standard
+    deviation as the entries. So this is the t with `Σ_i P(|N(0, entry²)| > t·(σ_i + ε)) = num`. Rates of different
+    weights, divided by it, can be compared: a small σ raises both alike.
+
+    Args:
+        sigma: Singular values, shape (k,), float64.
+        entry: Root mean square of the entries of ΔW, `‖ΔW‖/√(out·in)`.
+        num: How many; of a weight with few directions at most half of them.
+        eps: As in `change_rates`.
+    """
+    if not entry:
+        return 0.0
+    thresholds = (sigma + eps) / (2**0.5 * entry)  # of a standard normal N, P(|N| > x) = erfc(x/√2)
+    wanted = min(num, len(sigma) / 2)
+    low, high = 0.0, 6.0 / float(thresholds.min())  # erfc(6) is 2e-17: no direction is expected above `high`
+    for _ in range(100):
+        middle = (low + high) / 2
+        if float(torch.special.erfc(middle * thresholds).sum()) > wanted:
+            low = middle
+        else:
+            high = middle
+    return high
 
 
 def _like(weight: Tensor, result: Tensor) -> Tensor:

@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+Found = TypeVar("Found")
 
 
 class RecipeError(ValueError):
     """Something the user gave cannot be used. The message is one line: what was given, and what to do."""
+
+
+class TransitionError(ValueError):
+    """The transition cannot be made; nothing but the step count was changed."""
+
+
+def in_layer(name: str, work: Callable[[str], Found], adapter: str) -> Found:
+    """What `work` on the adapter of layer `name` gives.
+
+    Raises:
+        TransitionError: In place of its ValueError, with the layer's name.
+    """
+    try:
+        return work(adapter)
+    except ValueError as error:
+        raise TransitionError(
+            f"Cannot identify directions in layer {name!r}: {error} Nothing was changed; the adapter is still in "
+            "pre-launch, and can be saved or trained on."
+        ) from error
 
 
 def did_you_mean(given: str, known: Iterable[str], *, prefix: str = "", listing: bool = True) -> str:

@@ -29,7 +29,7 @@ from .config import TsdConfig
 from .dash.config import DashConfig
 from .dash.export import Stacked, stack_layers
 from .folders import write_folder
-from .layer import DirectedLayer
+from .layer import DirectedLayer, used_columns
 from .stacked import Factors
 
 
@@ -231,14 +231,23 @@ def stack_layer(
         a0, b0 = read("lora_directions.a0").float(), read("lora_directions.b0").float()
         factors = factors._replace(a0=a0, b0=b0)
     try:
+        factors = _without_unused(factors)
         factor_a, factor_b = factors.down(), factors.up()
         torch.empty(factor_b.shape, device="meta") @ torch.empty(factor_a.shape, device="meta")
-    except RuntimeError as error:
+    except (RuntimeError, IndexError) as error:
         raise ValueError(f"The factors of layer {name!r} do not fit each other: {error}") from None
     if not (torch.isfinite(factor_a).all() and torch.isfinite(factor_b).all()):
         raise ValueError(f"Layer {name!r} holds NaN or Inf; the adapter is broken.")
     bias = state.get(f"{layer}.lora_B.bias")
     return factor_a, factor_b, None if bias is None else scaling * bias.float()
+
+
+def _without_unused(factors: Factors) -> Factors:
+    """Without the columns of U that hold no direction: a layer may have more slots than directions."""
+    if factors.u is None or factors.v is None or factors.delta_sigma is None:
+        return factors
+    used = used_columns(factors.u)
+    return factors._replace(delta_sigma=factors.delta_sigma[used], u=factors.u[:, used], v=factors.v[used])
 
 
 def lora_scaling(config: LoraConfig, name: str, rank: int) -> float:

@@ -26,16 +26,30 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from .config import DirectionSettings, TsdConfig
-from .directions import LowRank, TaskSpecificDirections, check_matrix, task_specific_directions
+from .directions import (
+    LowRank,
+    TaskSpecificDirections,
+    chance_rate,
+    change_norm,
+    check_change,
+    check_matrix,
+    directions_on,
+    ranked,
+    rates_on,
+)
+from .spectrum import Spectrum
 from .stacked import Factors, adapted_linear, add_product
 
 
 class DashScalars(nn.Module):
-    """The trained scalars θ of one layer, shape (num_directions,); the change along direction j is `ratio · θ_j`."""
+    """The trained scalars θ of one layer, shape (slots,); the change along direction j is `ratio · θ_j`.
 
-    def __init__(self, num_directions: int) -> None:
+    There are `TsdConfig.direction_slots` of them. One without a direction stays zero: its u and v are.
+    """
+
+    def __init__(self, slots: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(num_directions))
+        self.weight = nn.Parameter(torch.zeros(slots))
 
 
 class FixedDirections(nn.Module):
@@ -45,17 +59,31 @@ class FixedDirections(nn.Module):
 
     Attributes:
         step: Optimizer steps taken by this adapter, int64, shape (1,).
-        indices: Chosen positions in the spectrum, highest rate first; int64, shape (m,), with m the larger of r and
-            num_directions as the method uses them. -1 before identification, and where the weight has fewer.
+        identified_at: How many they were when the directions were identified; -1 before; int64, shape (1,).
+        indices: Positions in the spectrum, highest rate first; int64, shape (m,), with m the larger of r and the slots
+            of the dash as the method uses them. -1 before identification, and where the weight has fewer. Of a global
+            budget the layer may have got only the first few.
         rates, sigma: Change rates and singular values of those, shape (m,).
-        unit: What Δσ is measured in, shape (num_directions,); None where it is 1.
-        u, v: Directions of the dash, shapes (out, num_directions) and (num_directions, in); None for LoRA-Init.
+        unit: What Δσ is measured in, shape (slots,); None where it is 1.
+        u, v: Directions of the dash, shapes (out, slots) and (slots, in), zero where there is none; None for
+            LoRA-Init.
         a0, b0: Starting factors, shapes (r, in) and (out, r); None but for the `"svd"` reading of LoRA-Init and for
             LoRA-Dash from PiSSA and its like.
+        candidates: The directions that the last check of an automatic pre-launch found, highest rate first; int64,
+            -1 before; None in a pre-launch of fixed length.
+        agreement: What each of its checks found, over all layers, in the order of `TsdConfig.check_steps`; -1 before.
     """
 
     def __init__(
-        self, in_size: int, out_size: int, num_chosen: int, num_dash: int, num_start: int, *, has_unit: bool
+        self,
+        in_size: int,
+        out_size: int,
+        num_chosen: int,
+        num_dash: int,
+        num_start: int,
+        *,
+        has_unit: bool,
+        num_checks: int,
     ) -> None:
         super().__init__()
 
@@ -63,6 +91,7 @@ class FixedDirections(nn.Module):
             return nn.Parameter(torch.full(shape, fill, dtype=dtype or torch.get_default_dtype()), requires_grad=False)
 
         self.step = fixed(1, dtype=torch.int64)
+        self.identified_at = fixed(1, dtype=torch.int64, fill=-1)
         self.indices = fixed(num_chosen, dtype=torch.int64, fill=-1)
         self.rates = fixed(num_chosen)
         self.sigma = fixed(num_chosen)
@@ -71,11 +100,18 @@ class FixedDirections(nn.Module):
         self.v = fixed(num_dash, in_size) if num_dash else None
         self.a0 = fixed(num_start, in_size) if num_start else None
         self.b0 = fixed(out_size, num_start) if num_start else None
+        self.candidates = fixed(num_chosen, dtype=torch.int64, fill=-1) if num_checks else None
+        self.agreement = fixed(num_checks, fill=-1) if num_checks else None
 
     @property
     def identified(self) -> bool:
         """Whether the directions have been chosen: pre-launch is over."""
         return bool(self.indices[0] >= 0)
+
+
+def used_columns(u: Tensor) -> Tensor:
+    """Which columns of U (out, slots) hold a direction: bool, shape (slots,). Singular vectors are not zero."""
+    return u.ne(0).any(0)
 
 
 class Identified(NamedTuple):
@@ -84,6 +120,13 @@ class Identified(NamedTuple):
     chosen: TaskSpecificDirections
     start_a: Tensor | None
     start_b: Tensor | None
+    chance: float = 0.0
+    """For a global budget: the change rate that num_directions of the layer would exceed under a random change."""
+
+    def limited_to(self, num_dash: int) -> Identified:
+        """The same with the first `num_dash` directions alone for the dash."""
+        chosen = self.chosen
+        return self._replace(chosen=chosen._replace(u=chosen.u[:, :num_dash], v=chosen.v[:, :num_dash]))
 
 
 # A mixin without a base class can also be given to a layer that is there already (see `peft_tsd.dash`).
@@ -136,7 +179,7 @@ class DirectedLayer(_Mixin):
         return []
 
     def delta_sigma(self, adapter: str, strength: float = 1.0) -> Tensor:
-        """Δσ: the learned change along each direction of the dash, shape (num_directions,); times `strength`."""
+        """Δσ: the learned change along each direction of the dash, shape (slots,); times `strength`."""
         theta: Tensor = self.scalars(adapter).weight
         scale = strength * self.settings(adapter).dash_lr_ratio
         unit = self.fixed(adapter).unit
@@ -144,26 +187,58 @@ class DirectedLayer(_Mixin):
             theta = unit * theta
         return theta if scale == 1 else scale * theta
 
-    @torch.no_grad()
-    def identify(self, adapter: str) -> Identified:
-        """Find the task-specific directions of this layer from what pre-launch has learned; writes nothing.
+    def weight_gradient(self, x: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        """`Σ dy xᵀ`, shape (out, in): what a loss's `gradient` of this layer's output says of the base weight.
+
+        Args:
+            x: The layer's input.
+            gradient: Of the layer's output.
+            dtype: To compute in.
 
         Raises:
-            ValueError: The learned change or the base weight holds NaN or Inf.
+            ValueError: The layer is neither Linear, Conv1D nor Conv2d.
+        """
+        base = self.get_base_layer()
+        if isinstance(base, (nn.Linear, Conv1D)):
+            return gradient.reshape(-1, gradient.shape[-1]).to(dtype).mT @ x.reshape(-1, x.shape[-1]).to(dtype)
+        if not isinstance(base, nn.Conv2d):
+            raise ValueError(f"Directions are not found from gradients in layers of type {type(base).__name__}.")
+        with torch.enable_grad():
+            kernel = torch.zeros_like(base.weight, dtype=dtype, requires_grad=True)
+            out = F.conv2d(x.detach().to(dtype), kernel, stride=base.stride, padding=base.padding)
+            (found,) = torch.autograd.grad(out, kernel, gradient.to(dtype))
+        return found.flatten(1)
+
+    @torch.no_grad()
+    def identify(
+        self, adapter: str, change: Tensor | LowRank | None = None, spectrum: Spectrum | None = None
+    ) -> Identified:
+        """Find the task-specific directions of this layer; writes nothing.
+
+        Args:
+            adapter: Name of the adapter.
+            change: The change that tells them, (out, in) or its factors; what pre-launch has learned by default.
+            spectrum: The factorization of the base weight, where it is there already.
+
+        Raises:
+            ValueError: The change or the base weight holds NaN or Inf.
         """
         config = self.settings(adapter)
         fixed = self.fixed(adapter)
-        change = self.learned_change(adapter)
+        weight = self.weight_matrix()
+        change = self.learned_change(adapter) if change is None else change
+        check_change(weight, change)
+        spectrum = spectrum or Spectrum(weight)
+        rates = rates_on(spectrum, change, config.eps)
+        # Another one for each layer and run, and the same in every process.
         learned = change if isinstance(change, Tensor) else change[1]
-        chosen = task_specific_directions(
-            self.weight_matrix(),
-            change,
-            num=len(fixed.indices),
-            eps=config.eps,
-            selection=config.selection,
-            # Another one for each layer and run, and the same in every process.
-            seed=zlib.crc32(learned.float().cpu().numpy().tobytes()),
-        )
+        seed = zlib.crc32(learned.float().cpu().numpy().tobytes())
+        order = ranked(rates, spectrum.sigma + config.eps, config.selection, seed)
+        chosen = directions_on(spectrum, rates, order[: len(fixed.indices)], like=weight)
+        chance = 0.0
+        if config.direction_budget == "global":
+            entry = change_norm(change) / weight.numel() ** 0.5
+            chance = chance_rate(spectrum.sigma.cpu(), entry, config.num_directions, config.eps)
         start_a, start_b = self._start(adapter, chosen)
         # Only the chosen few go on, and off an accelerator, until every layer is done and all can be written at once.
         num_dash = 0 if fixed.u is None else fixed.u.shape[1]
@@ -172,6 +247,7 @@ class DirectedLayer(_Mixin):
             TaskSpecificDirections(*(x.cpu() for x in chosen)),
             None if start_a is None else start_a.cpu(),
             None if start_b is None else start_b.cpu(),
+            chance,
         )
 
     def _start(self, adapter: str, chosen: TaskSpecificDirections) -> tuple[Tensor | None, Tensor | None]:
@@ -195,6 +271,7 @@ class DirectedLayer(_Mixin):
                 fixed.unit[:num_dash] = (mean_square.sqrt() if by_layer else chosen.sigma[:num_dash]).to(fixed.unit)
         fixed.rates[:n] = chosen.rates.to(fixed.rates)
         fixed.sigma[:n] = chosen.sigma.to(fixed.sigma)
+        fixed.identified_at.copy_(fixed.step)
         fixed.indices[:n] = chosen.indices.to(fixed.indices)
 
     def check_identifiable(self, adapter: str) -> None:
@@ -234,7 +311,7 @@ class TsdLayer(DirectedLayer, LoraLayer):
                 f"{min(out_size, in_size)} directions, fewer than r={r} that {config.method} starts from. "
                 "Give it a smaller rank with rank_pattern, or leave it out of target_modules."
             )
-        num_dash = config.num_directions if config.learns_along_directions else 0
+        num_dash = config.direction_slots if config.learns_along_directions else 0
         num_start = r if config.starts_from_directions else 0
         if num_dash:
             self.lora_dash[adapter_name] = DashScalars(num_dash)
@@ -245,6 +322,7 @@ class TsdLayer(DirectedLayer, LoraLayer):
             num_dash=num_dash,
             num_start=r if config.subtracts_init or (num_start and config.init_reading == "svd") else 0,
             has_unit=config.dash_unit != "one",
+            num_checks=len(config.check_steps),
         )
         self.tsd_config[adapter_name] = config
         base = self.get_base_layer()

@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 
 from .config import DirectionSettings, TsdConfig
-from .layer import DirectedLayer, TsdLayer, create_layer
+from .layer import DirectedLayer, TsdLayer, create_layer, used_columns
 
 Phase = Literal["pre-launch", "dash"]
 
@@ -21,8 +21,8 @@ Phase = Literal["pre-launch", "dash"]
 class LayerDirections:
     """The task-specific directions identified in one layer, highest change rate first.
 
-    `indices`, `rates` and `sigma` have one entry a direction chosen; the dash learns along the first num_directions
-    of them.
+    `indices`, `rates` and `sigma` have one entry a direction chosen; the dash learns along the first n of them:
+    num_directions, or what the layer got of a global budget.
     """
 
     indices: Tensor
@@ -42,10 +42,15 @@ class LayerDirections:
 
 
 class Directions(Mapping[str, LayerDirections]):
-    """The directions of every layer by its name; printed, a table."""
+    """The directions of every layer by its name; printed, a table.
 
-    def __init__(self, layers: dict[str, LayerDirections]) -> None:
+    Attributes:
+        prelaunch_steps: Optimizer steps that had been taken when they were identified.
+    """
+
+    def __init__(self, layers: dict[str, LayerDirections], prelaunch_steps: int) -> None:
         self._layers = layers
+        self.prelaunch_steps = prelaunch_steps
 
     def __getitem__(self, name: str) -> LayerDirections:
         return self._layers[name]
@@ -67,8 +72,8 @@ class Directions(Mapping[str, LayerDirections]):
                     name,
                     str(found.rank_bound),
                     " ".join(shown) + (" ..." if len(found.indices) > 8 else ""),
-                    f"{found.rates[0]:.2g}",
-                    f"{found.sigma[0]:.2g}",
+                    f"{found.rates[0]:.2g}" if len(shown) else "-",
+                    f"{found.sigma[0]:.2g}" if len(shown) else "-",
                     change,
                 )
             )
@@ -106,6 +111,11 @@ def _any(layers: Mapping[str, DirectedLayer]) -> DirectedLayer:
     return next(iter(layers.values()))
 
 
+def prelaunch_length(config: DirectionSettings) -> str:
+    """How many steps the pre-launch takes, for messages."""
+    return f"{'at most ' * (config.prelaunch_steps == 'auto')}{config.longest_prelaunch}"
+
+
 class PrelaunchWarning(UserWarning):
     """An adapter is used as finished while it is still the plain LoRA of its pre-launch."""
 
@@ -118,13 +128,20 @@ def warn_in_prelaunch(
         return
     config.prelaunch_notice_given = True
     steps = steps_taken(layers, adapter)
-    cause = (
-        "No step was ever counted: pass callbacks=[TsdCallback()] to the Trainer, or call "
-        "advance(model, optimizer) after each optimizer step of your own loop."
-        if steps == 0
-        else f"It has counted {steps} of its {config.prelaunch_steps} pre-launch steps: train longer, or lower "
-        "prelaunch_steps."
-    )
+    if config.prelaunch_steps == 0:
+        cause = (
+            "With prelaunch_steps=0 it takes them from gradients: pass callbacks=[TsdCallback()] to the Trainer, or "
+            "call identify_from_gradients(model, batches) before the first step of your own loop."
+        )
+    elif steps == 0:
+        cause = (
+            "No step was ever counted: pass callbacks=[TsdCallback()] to the Trainer, or call "
+            "advance(model, optimizer) after each optimizer step of your own loop."
+        )
+    else:
+        lower = "prelaunch_max" if config.prelaunch_steps == "auto" else "prelaunch_steps"
+        length = prelaunch_length(config)
+        cause = f"It has counted {steps} of its {length} pre-launch steps: train longer, or lower {lower}."
     warnings.warn(
         f"Adapter {adapter!r} ({config.method}) {event} while still in pre-launch: it has no "
         f"task-specific directions yet. {cause}",
@@ -164,9 +181,10 @@ class DirectedModel:
         if phase_of(layers, adapter) == "pre-launch":
             raise ValueError(
                 f"Adapter {adapter!r} has no directions yet: it has taken {steps_taken(layers, adapter)} of its "
-                f"{self.peft_config[adapter].prelaunch_steps} pre-launch steps."
+                f"{prelaunch_length(self.peft_config[adapter])} pre-launch steps."
             )
-        return Directions({name: _directions_of(layer, adapter) for name, layer in layers.items()})
+        found = {name: _directions_of(layer, adapter) for name, layer in layers.items()}
+        return Directions(found, int(_any(layers).fixed(adapter).identified_at))
 
     def _layers_of(self, adapter_name: str | None) -> tuple[dict[str, DirectedLayer], str]:
         adapter = self.active_adapters[0] if adapter_name is None else adapter_name
@@ -230,8 +248,10 @@ class TsdModel(DirectedModel, LoraModel):
 
 def _directions_of(layer: DirectedLayer, adapter: str) -> LayerDirections:
     fixed = layer.fixed(adapter)
-    found = int(fixed.indices.ge(0).sum())
     out_size, in_size = layer.weight_matrix().shape
+    dash = 0 if fixed.u is None else int(used_columns(fixed.u).sum())
+    start = layer.r[adapter] if layer.restarted(adapter) else 0
+    chosen = min(int(fixed.indices.ge(0).sum()), max(dash, start))
 
     def read(tensor: Tensor) -> Tensor:
         return tensor.detach().to("cpu", copy=True)
@@ -239,14 +259,13 @@ def _directions_of(layer: DirectedLayer, adapter: str) -> LayerDirections:
     if fixed.u is None or fixed.v is None:
         delta_sigma, u, v = torch.empty(0), torch.empty(out_size, 0), torch.empty(in_size, 0)
     else:
-        dash = min(found, fixed.u.shape[1])
         delta_sigma = read(layer.delta_sigma(adapter)[:dash])
         u, v = read(fixed.u[:, :dash]), read(fixed.v[:dash].mT)
 
     return LayerDirections(
-        indices=read(fixed.indices[:found]),
-        rates=read(fixed.rates[:found]),
-        sigma=read(fixed.sigma[:found]),
+        indices=read(fixed.indices[:chosen]),
+        rates=read(fixed.rates[:chosen]),
+        sigma=read(fixed.sigma[:chosen]),
         rank_bound=min(out_size, in_size),
         delta_sigma=delta_sigma,
         u=u,

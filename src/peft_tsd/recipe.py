@@ -204,13 +204,26 @@ DIRECTION_METHODS = ("lora-tsd", "lora-dash", "lora-init")
 class Directions(_Section):
     """What a method of task-specific directions adds to LoRA; the others do not use it. See `peft_tsd.TsdConfig`."""
 
-    prelaunch_steps: int = Field(default=100, ge=1)
+    prelaunch_steps: int | Literal["auto"] = 100
+    prelaunch_min: int = Field(default=25, ge=1)
+    prelaunch_max: int = Field(default=200, ge=1)
+    settled_agreement: float = Field(default=0.9, gt=0, le=1)
     num_directions: int = Field(default=8, ge=1)
+    direction_budget: Literal["layer", "global"] = "layer"
+    max_directions: int | None = Field(default=None, ge=1)
     init_reading: Literal["svd", "orthonormal"] = "svd"
     dash_lr_ratio: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     dash_unit: Literal["one", "sigma", "layer"] = "one"
     selection: Literal["tsd", "top", "bottom", "random", "random-change"] = "tsd"
     eps: float = Field(default=1e-6, gt=0, allow_inf_nan=False)
+
+    @field_validator("prelaunch_steps", mode="before")
+    @classmethod
+    def _steps_or_auto(cls, steps: Any) -> Any:
+        # One message where pydantic would give one for each type.
+        if steps == "auto" or (isinstance(steps, int) and not isinstance(steps, bool) and steps >= 0):
+            return steps
+        raise ValueError(f"directions.prelaunch_steps={steps!r}: expected a number of steps, 0 or more, or 'auto'")
 
 
 class Optimizer(_Section):
@@ -342,10 +355,13 @@ class Recipe(_Section):
 
     def check_steps(self, steps: int) -> None:
         """Refuse a run that would end before, or at, the transition."""
-        if self.uses_directions and steps <= self.directions.prelaunch_steps:
+        directions = self.directions
+        key = "prelaunch_max" if directions.prelaunch_steps == "auto" else "prelaunch_steps"
+        longest = getattr(directions, key)
+        if self.uses_directions and steps <= longest:
             raise RecipeError(
-                f"training is {steps} steps long, and directions.prelaunch_steps={self.directions.prelaunch_steps} of "
-                f"them are {self.method}'s pre-launch: train for more steps than that, or give fewer prelaunch_steps"
+                f"training is {steps} steps long, and directions.{key}={longest} of them are {self.method}'s "
+                f"pre-launch: train for more steps than that, or give fewer {key}"
             )
 
     @model_validator(mode="after")

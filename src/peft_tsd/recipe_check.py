@@ -23,6 +23,9 @@ from .tasks.glue import Glue, glue_task
 def check_recipe_model(recipe: Recipe) -> dict[str, int]:
     """Numbers trained, by part: LoRA's A and B, the directions' Δσ, and a classifier's head.
 
+    Of a global budget of directions, the scalars that are there in case a layer gets more than others are a part of
+    their own: they stay zero.
+
     Raises:
         RecipeError: The package has no configuration of the model, or the adapter does not fit it.
     """
@@ -41,6 +44,11 @@ def check_recipe_model(recipe: Recipe) -> dict[str, int]:
         if parameter.requires_grad:
             part = "LoRA" if "lora_A" in name or "lora_B" in name else "Δσ" if "lora_dash" in name else "head"
             parts[part] = parts.get(part, 0) + parameter.numel()
+            if part == "Δσ":
+                unused = parameter.numel() - recipe.directions.num_directions
+                parts[part] -= unused
+                if unused:
+                    parts["unused Δσ"] = parts.get("unused Δσ", 0) + unused
     return parts
 
 

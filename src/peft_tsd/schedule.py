@@ -7,23 +7,30 @@ are found first, one layer at a time, and only then is anything written.
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 from transformers.trainer_callback import TrainerCallback
 
+from .budget import over_chance, spread
 from .config import DirectionSettings
+from .errors import TransitionError as TransitionError
+from .errors import in_layer
+from .gradients import Loss, loss_of_output, random_states_kept, weight_gradients
 from .layer import DirectedLayer, Identified
 from .model import adapted_layers, config_of, phase_of, steps_taken, warn_in_prelaunch
+from .prelaunch import checks_made, held_spectrum, prelaunch_is_over
 
-
-class TransitionError(ValueError):
-    """The transition cannot be made; nothing but the step count was changed."""
+log = logging.getLogger(__name__)
 
 
 def advance(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], adapter_name: str | None = None) -> bool:
@@ -48,9 +55,10 @@ def advance(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], adapte
         Whether this call made the transition.
 
     Raises:
-        ValueError: The model has no trainable TSD adapter.
+        ValueError: The model has no trainable TSD adapter, or one without a pre-launch whose directions have not been
+            identified from gradients.
         TransitionError: At the transition, the optimizer does not hold A and B, or a layer's ΔW or weight holds NaN or
-            Inf. Nothing but the step count is changed then.
+            Inf (which a check of an automatic pre-launch may find before). Nothing but the step count is changed then.
     """
     adapters = [adapter_name] if adapter_name is not None else trained_adapters(model)
     moved = False
@@ -58,13 +66,88 @@ def advance(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], adapte
         layers = adapted_layers(model, adapter)
         if not layers:
             raise ValueError(f"The model has no TSD layer with an adapter {adapter!r}.")
+        waiting = phase_of(layers, adapter) == "pre-launch"
+        if waiting and config_of(layers, adapter).prelaunch_steps == 0:
+            raise ValueError(
+                f"Adapter {adapter!r} has prelaunch_steps=0 and no directions: call identify_from_gradients(model, "
+                "batches, optimizer) before the first step, or give it a pre-launch."
+            )
         with torch.no_grad():
             torch._foreach_add_([layer.fixed(adapter).step for layer in layers.values()], 1)
-        config = config_of(layers, adapter)
-        if phase_of(layers, adapter) == "pre-launch" and steps_taken(layers, adapter) >= config.prelaunch_steps:
+        if waiting and prelaunch_is_over(layers, adapter):
             transition(layers, adapter, optimizer)
             moved = True
     return moved
+
+
+def identify_from_gradients(
+    model: nn.Module,
+    batches: Iterable[Any],
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    adapter_name: str | None = None,
+    *,
+    loss: Loss = loss_of_output,
+    memory_gib: float = 1.0,
+) -> None:
+    """Make the transition now, without a pre-launch: by change rates of the gradient of the frozen weights.
+
+    `δ_i = |u_iᵀ G v_i| / (σ_i + ε)`, with G the gradient of the mean loss over `batches` with respect to the weight.
+    So LoRA-Dash learns along its directions, and LoRA-Init starts from them, from the first step on:
+
+        ```py
+        >>> model = get_peft_model(base, TsdConfig(prelaunch_steps=0, ...))
+        >>> identify_from_gradients(model, islice(dataloader, 8))
+        ```
+
+    Call it before the first step, on every process, with batches of its own: all find the directions of the mean. No
+    weight is written to and no `.grad` left, and training goes on as it would have: modes and random number generators
+    are put back. Rates are in the unit of G over σ; their order is what counts.
+
+    Args:
+        model: The model with TSD adapters, wrapped (DDP, torch.compile, Accelerate) or not.
+        batches: A few batches, on the model's device.
+        optimizer: The optimizer, or all of them; needed where it has stepped before.
+        adapter_name: The adapter; every active, trainable adapter by default.
+        loss: The loss of the model and a batch, a scalar; `model(**batch).loss` by default.
+        memory_gib: Most memory that gradients take at one time, on the weights' device. A gradient is as large as its
+            weight in float32; layers are taken in groups that fit (at least one layer each), with a pass over the
+            batches for each group.
+
+    Raises:
+        ValueError: There is no such adapter, no batch, no loss, or no gradient in any layer; or the directions have
+            been identified before.
+        TransitionError: As `advance`.
+    """
+    batches = list(batches)
+    if not batches:
+        raise ValueError("batches is empty; give a few batches of training data.")
+    if not memory_gib > 0:
+        raise ValueError(f"memory_gib must be a positive number of GiB; got {memory_gib!r}.")
+    bare = extract_model_from_parallel(model, keep_torch_compile=False)
+    for adapter in [adapter_name] if adapter_name is not None else trained_adapters(bare):
+        layers = adapted_layers(bare, adapter)
+        if not layers:
+            raise ValueError(f"The model has no TSD layer with an adapter {adapter!r}.")
+        if phase_of(layers, adapter) == "dash":
+            raise ValueError(f"The directions of adapter {adapter!r} have been identified before.")
+        transition(layers, adapter, optimizer, partial(_from_gradients, bare, batches, loss, memory_gib * 2**30))
+
+
+def _from_gradients(
+    model: nn.Module,
+    batches: Sequence[Any],
+    loss: Loss,
+    memory: float,
+    layers: Mapping[str, DirectedLayer],
+    adapter: str,
+) -> dict[str, Identified]:
+    """The directions of every layer from the gradient of its frozen weight."""
+    found = {}
+    for group in weight_gradients(model, layers, batches, loss, memory):
+        while group:
+            name, gradient = group.popitem()
+            found[name] = in_layer(name, partial(layers[name].identify, change=gradient), adapter)
+    return found
 
 
 def trained_adapters(model: nn.Module) -> list[str]:
@@ -87,21 +170,42 @@ def trained_adapters(model: nn.Module) -> list[str]:
     return list(found)
 
 
-def transition(layers: Mapping[str, DirectedLayer], adapter: str, optimizer: Optimizer | Sequence[Optimizer]) -> None:
+def _from_lora(layers: Mapping[str, DirectedLayer], adapter: str) -> dict[str, Identified]:
+    """The directions of every layer from what its LoRA has learned."""
+    bar = tqdm(layers.items(), desc="Identifying directions", unit="layer", disable=not is_main_process())
+    return {
+        name: in_layer(name, partial(layer.identify, spectrum=held_spectrum(layer)), adapter) for name, layer in bar
+    }
+
+
+def transition(
+    layers: Mapping[str, DirectedLayer],
+    adapter: str,
+    optimizer: Optimizer | Sequence[Optimizer] | None,
+    identify: Callable[[Mapping[str, DirectedLayer], str], dict[str, Identified]] = _from_lora,
+) -> None:
     """Identify the directions of every layer and write them in; restart A and B where the method says so.
+
+    Args:
+        layers: All layers of the adapter.
+        adapter: Its name.
+        optimizer: Forgets the moments of what restarts; None where it has none yet.
+        identify: Finds what to write, and writes nothing.
 
     Raises:
         TransitionError: As `advance`; nothing has been written then.
     """
+    config = config_of(layers, adapter)
     restarted = [parameter for layer in layers.values() for parameter in layer.restarted(adapter)]
-    owners = _owners(restarted, optimizer)
+    owners = [] if optimizer is None else _owners(restarted, optimizer)
     for name, layer in layers.items():
-        _named(name, layer.check_identifiable, adapter)
-    found: dict[str, Identified] = {}
-    for name, layer in tqdm(
-        layers.items(), desc="Identifying directions", unit="layer", disable=not is_main_process()
-    ):
-        found[name] = _named(name, layer.identify, adapter)
+        in_layer(name, layer.check_identifiable, adapter)
+    found = identify(layers, adapter)
+    if config.direction_budget == "global":
+        slots = config.direction_slots
+        scores = {name: over_chance(one.chosen.rates[:slots], one.chance) for name, one in found.items()}
+        counts = spread(scores, config.num_directions * len(layers))
+        found = {name: one.limited_to(counts[name]) for name, one in found.items()}
     for name, layer in layers.items():
         layer.fill(adapter, found[name])
     for parameter, owner in zip(restarted, owners):
@@ -115,21 +219,58 @@ class TsdCallback(TrainerCallback):
         >>> Trainer(model=model, ..., callbacks=[TsdCallback()]).train()
         ```
 
+    An adapter without a pre-launch (`prelaunch_steps=0`) gets its directions before the first step, from the gradients
+    of a few batches (`identify_from_gradients`).
+
+    Args:
+        batches: Those batches, or how many of the Trainer's training batches to take, the first ones of the first
+            epoch. They are trained on all the same.
+        loss: Of the model and a batch, for them alone; the model's own by default.
+
     Attributes:
-        transitions: One entry a transition made, with its `step`, `seconds` and number of `layers`.
+        transitions: One entry a transition made, with its `step`, `seconds` and number of `layers`; `checks`, where an
+            automatic pre-launch made any: the `step` of each and its `agreement` with the one before; and then
+            `checks_seconds`, what they took in this process, with factorizing weights that the transition then need
+            not, and `prelaunch_seconds`, what training took until then.
 
     Raises:
-        ValueError: At the start of training, where the model has no trainable TSD adapter; otherwise as `advance`.
+        ValueError: At the start of training, where the model has no trainable TSD adapter; otherwise as `advance` and
+            `identify_from_gradients`.
     """
 
-    def __init__(self) -> None:
-        self.transitions: list[dict[str, float]] = []
+    def __init__(self, batches: int | Sequence[Any] = 8, loss: Loss = loss_of_output) -> None:
+        if isinstance(batches, int) and (isinstance(batches, bool) or batches < 1):
+            raise ValueError(f"batches must be a positive number of batches, or batches; got {batches!r}.")
+        self.batches = batches
+        self.loss = loss
+        self.transitions: list[dict[str, Any]] = []
         self._held: list[DirectionSettings] = []
+        self._began = 0.0
+        self._checks_seconds = 0.0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+    def on_train_begin(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
         remaining = state.max_steps - state.global_step
         for config, layers, adapter in _trained(model):
-            missing = config.prelaunch_steps - steps_taken(layers, adapter)
+            if config.prelaunch_steps == 0:
+                if phase_of(layers, adapter) == "pre-launch":
+                    start = time.perf_counter()
+                    batches = self.batches
+                    if isinstance(batches, int):
+                        batches = _first(batches, train_dataloader)
+                    identify_from_gradients(model, batches, optimizer, adapter, loss=self.loss)
+                    self._record(state.global_step, start, layers, adapter)
+                continue
+            shortest = config.prelaunch_min if config.prelaunch_steps == "auto" else config.prelaunch_steps
+            missing = shortest - steps_taken(layers, adapter)
             if remaining < missing:
                 event = f"needs {missing} more optimizer steps, will train for only {remaining}, and so end"
                 warn_in_prelaunch(config, layers, adapter, event)
@@ -137,19 +278,30 @@ class TsdCallback(TrainerCallback):
                 # Checkpoints written on the way are no finished adapters.
                 config.prelaunch_notice_given = True
                 self._held.append(config)
+        self._began = time.perf_counter()
 
     def on_step_end(
         self, args: Any, state: Any, control: Any, model: nn.Module, optimizer: Optimizer, **kwargs: Any
     ) -> None:
         start = time.perf_counter()
-        if advance(model, optimizer):
-            self.transitions.append(
-                {
-                    "step": state.global_step,
-                    "seconds": time.perf_counter() - start,
-                    "layers": sum(len(layers) for _, layers, _ in _trained(model)),
-                }
-            )
+        moved = advance(model, optimizer)
+        if moved:
+            for _, layers, adapter in _trained(model):
+                fixed = next(iter(layers.values())).fixed(adapter)
+                if fixed.identified_at == fixed.step:
+                    self._record(state.global_step, start, layers, adapter)
+        else:
+            self._checks_seconds += time.perf_counter() - start
+
+    def _record(self, step: int, start: float, layers: Mapping[str, DirectedLayer], adapter: str) -> None:
+        now = time.perf_counter()
+        made: dict[str, Any] = {"step": step, "seconds": now - start, "layers": len(layers)}
+        if config_of(layers, adapter).prelaunch_steps == "auto":
+            made["checks"] = checks_made(layers, adapter)
+            made["checks_seconds"] = self._checks_seconds
+            made["prelaunch_seconds"] = start - self._began
+        self.transitions.append(made)
+        log.info("directions of adapter %r identified: %s", adapter, made)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         for config in self._held:
@@ -166,14 +318,23 @@ def _trained(model: nn.Module) -> list[tuple[DirectionSettings, dict[str, Direct
     return found
 
 
-def _named(name: str, work: Any, adapter: str) -> Any:
-    try:
-        return work(adapter)
-    except ValueError as error:
-        raise TransitionError(
-            f"Cannot identify directions in layer {name!r}: {error} Nothing was changed; the adapter is still in "
-            "pre-launch, and can be saved or trained on."
-        ) from error
+def _first(number: int, dataloader: Any) -> list[Any]:
+    """The first batches of a Trainer's dataloader, which gives them again when training begins."""
+    if dataloader is None:
+        raise ValueError("There is no training dataloader to take batches from; pass TsdCallback(batches=[...]).")
+    sampler, batch_sampler = getattr(dataloader, "sampler", None), getattr(dataloader, "batch_sampler", None)
+    owners = (dataloader, sampler, getattr(batch_sampler, "sampler", None))
+    generators = [g for g in (getattr(owner, "generator", None) for owner in owners) if g is not None]
+    states = [generator.get_state() for generator in generators]
+    with random_states_kept():
+        batches = list(islice(dataloader, number))
+    for generator, state in zip(generators, states):
+        generator.set_state(state)
+    # Accelerate holds a dataloader for the one in use until it has been read to its end.
+    in_use = getattr(dataloader, "gradient_state", None)
+    if in_use is not None and in_use.active_dataloader is dataloader:
+        dataloader.end()
+    return batches
 
 
 def _owners(parameters: list[nn.Parameter], optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:

@@ -514,8 +514,11 @@ def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:
 def _check_disk(recipe: Recipe, folder: RunFolder, trained: int, steps: int) -> None:
     """Refuse a run whose files, with `trained` numbers, would not fit."""
     # A saved adapter and its plain export have, at most, A and B, their starting values, and the directions.
-    r, directions = recipe.adapter.r, recipe.directions.num_directions
-    adapter = 4 * trained * ((2 * r + directions) / r if recipe.uses_directions else 1)
+    r, directions = recipe.adapter.r, recipe.directions
+    slots = directions.num_directions
+    if directions.direction_budget == "global":
+        slots = directions.max_directions or 4 * slots
+    adapter = 4 * trained * ((2 * r + slots) / r if recipe.uses_directions else 1)
     # A new checkpoint is written before an old one goes, and holds Adam's two moments too.
     checkpoints = min(recipe.training.keep_checkpoints + 1, -(-steps // recipe.training.save_every))
     needed = int(checkpoints * (adapter + 8 * trained) + 2 * adapter)

@@ -12,16 +12,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import RecipeError, did_you_mean
-from ..recipe import Recipe, choices_of, load_recipe
+from ..recipe import Directions, Recipe, choices_of, load_recipe
 
 METHODS = ("base", "full", "lora", "dora", "pissa", "adalora", "lora-dash", "lora-init", "lora-tsd")
 RANKLESS = ("base", "full")
 
 # What each method makes use of under `directions`; varying the others would repeat a run under another name.
-_ALL = {"prelaunch_steps", "num_directions", "init_reading", "dash_lr_ratio", "dash_unit", "selection", "eps"}
+_ALL = set(Directions.model_fields)
 USED = {
     "lora-dash": _ALL - {"init_reading"},
-    "lora-init": _ALL - {"num_directions", "dash_lr_ratio", "dash_unit"},
+    "lora-init": _ALL - {"num_directions", "direction_budget", "max_directions", "dash_lr_ratio", "dash_unit"},
     "lora-tsd": _ALL,
 }
 

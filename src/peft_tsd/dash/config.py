@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from peft import PeftConfig, PeftType
 
-from ..config import DashUnit, TsdConfig
+from ..config import DashUnit, DirectionBudget, Planned, TsdConfig
 from ..directions import Selection
 from .methods import REFUSED, has_layers, refusal
 
@@ -19,7 +19,7 @@ DashType = enum.Enum("DashType", {kind.name: f"DASH_{kind.value}" for kind in _K
 
 
 @dataclass
-class DashConfig(PeftConfig):
+class DashConfig(Planned, PeftConfig):
     """Task-specific directions (Si et al., arXiv 2409.01035) beside another PEFT method.
 
     Training starts with a pre-launch of that method alone. After `prelaunch_steps` optimizer steps the task-specific
@@ -33,10 +33,14 @@ class DashConfig(PeftConfig):
         peft (`PeftConfig`):
             Configuration of the method: `LoHaConfig(...)`, `OFTConfig(...)`, `LoraConfig(use_dora=True, ...)`. It
             names the target_modules. docs/methods.md lists what works.
-        prelaunch_steps (`int`, defaults to 100):
+        prelaunch_steps (`int` or `"auto"`, defaults to 100):
             Optimizer steps of the method alone before the directions are identified; t in the paper.
+        prelaunch_min, prelaunch_max, settled_agreement:
+            Of an automatic pre-launch; see `TsdConfig`.
         num_directions (`int`, defaults to 8):
             Directions a layer whose change is learned; s in the paper.
+        direction_budget, max_directions:
+            Whether as many go to every layer; see `TsdConfig`.
         dash_lr_ratio (`float`, defaults to 1.0):
             Δσ is this number times the trained scalar; see `TsdConfig`.
         dash_unit (`str`, defaults to `"one"`):
@@ -63,10 +67,22 @@ class DashConfig(PeftConfig):
     peft: PeftConfig = field(
         default=None, metadata={"help": "Configuration of the method beside which directions are learned."}
     )
-    prelaunch_steps: int = field(
+    prelaunch_steps: int | Literal["auto"] = field(
         default=100, metadata={"help": "Optimizer steps of the method alone before the directions are identified."}
     )
+    prelaunch_min: int = field(default=25, metadata={"help": "The fewest steps of an automatic pre-launch."})
+    prelaunch_max: int = field(default=200, metadata={"help": "The most steps of an automatic pre-launch."})
+    settled_agreement: float = field(
+        default=0.9,
+        metadata={"help": "An automatic pre-launch ends where this part of the directions was in the last check's."},
+    )
     num_directions: int = field(default=8, metadata={"help": "Directions a layer whose change is learned directly."})
+    direction_budget: DirectionBudget = field(
+        default="layer", metadata={"help": "Whether num_directions go to every layer, or as many in all to the model."}
+    )
+    max_directions: int | None = field(
+        default=None, metadata={"help": "The most directions a layer can get of a global budget."}
+    )
     dash_lr_ratio: float = field(
         default=1.0,
         metadata={"help": "The change along a direction is this number times its trained scalar."},
@@ -126,7 +142,19 @@ class DashConfig(PeftConfig):
             setattr(inner, name, value)
 
 
-_AS_IN_TSD = ("prelaunch_steps", "num_directions", "dash_lr_ratio", "dash_unit", "selection", "eps")
+_AS_IN_TSD = (
+    "prelaunch_steps",
+    "prelaunch_min",
+    "prelaunch_max",
+    "settled_agreement",
+    "num_directions",
+    "direction_budget",
+    "max_directions",
+    "dash_lr_ratio",
+    "dash_unit",
+    "selection",
+    "eps",
+)
 
 # What every PeftConfig has, but for what tells the two apart.
 _SHARED = tuple(name for name in PeftConfig.__dataclass_fields__ if name not in ("peft_type", "peft_version"))

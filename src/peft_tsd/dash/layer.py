@@ -42,10 +42,16 @@ class DashLayer(DirectedLayer):
         """Give `adapter`, which the layer has, its scalars and directions: zeros, until they are identified."""
         out_size, in_size = self.weight_matrix().shape
         base = self.get_base_layer().weight
-        n = config.num_directions
+        n = config.direction_slots
         scalars = DashScalars(n)
         fixed = FixedDirections(
-            in_size, out_size, num_chosen=n, num_dash=n, num_start=0, has_unit=config.dash_unit != "one"
+            in_size,
+            out_size,
+            num_chosen=n,
+            num_dash=n,
+            num_start=0,
+            has_unit=config.dash_unit != "one",
+            num_checks=len(config.check_steps),
         )
         if not scalars.weight.is_meta:
             scalars.to(base.device, base.dtype)
@@ -99,7 +105,7 @@ class DashLayer(DirectedLayer):
         return layer
 
     def dash_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """`diag(Δσ) Vᵀ`, shape (num_directions, in), and U, shape (out, num_directions)."""
+        """`diag(Δσ) Vᵀ`, shape (slots, in), and U, shape (out, slots)."""
         fixed = self.fixed(adapter)
         assert fixed.u is not None
         assert fixed.v is not None

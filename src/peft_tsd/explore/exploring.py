@@ -13,14 +13,14 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..directions import check_matrix
+from ..directions import change_norm, check_matrix
 from ..errors import one_line
 from ..loading import Source, load_config, locate
 from ..recipe import Model, RecipeError
 from ..spectrum import Spectrum
 from .changes import Changes, OfCheckpoint, open_adapter
 from .errors import ExploreError
-from .measure import change_norm, check_settings, measure
+from .measure import check_settings, measure
 from .results import Exploration, WeightChange
 from .skeleton import Weight, build, select
 from .weights import Checkpoint, fetch, open_checkpoint

@@ -11,10 +11,9 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from ..directions import LowRank, check_change, coordinates_on
+from ..directions import LowRank, change_norm, check_change, coordinates_on
 from ..spectrum import Spectrum, as_double
 from .results import Agreement, Exploration, FloatArray, IntArray, Overlap, WeightChange, highest
 from .trajectory import Trajectory, same_norm
@@ -75,18 +74,6 @@ def check_settings(num_directions: int, eps: float) -> None:
         raise ValueError(f"num_directions must be a positive integer; got {num_directions!r}.")
     if not 0 < eps < float("inf"):
         raise ValueError(f"eps must be positive and finite; got {eps!r}.")
-
-
-def change_norm(delta: Tensor | LowRank) -> float:
-    """‖ΔW‖ (Frobenius); of low-rank factors, from the (r, r) core between the QR factors of B and Aᵀ."""
-    if isinstance(delta, Tensor):
-        return float(as_double(delta).norm())
-    b, a, scaling = delta
-    # Not from BᵀB and AAᵀ: squaring would lose half of the digits where the factors' terms cancel each other, as those
-    # of a LoRA-Init that has just begun.
-    core_b = torch.linalg.qr(as_double(b), mode="r").R
-    core_a = torch.linalg.qr(as_double(a).mT, mode="r").R
-    return abs(scaling) * float((core_b @ core_a.mT).norm())
 
 
 def random_directions(name: str, k: int, num: int) -> IntArray:
