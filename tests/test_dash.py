@@ -97,7 +97,7 @@ def test_fields_of_the_method_are_read_and_set_through_it():
         ({"peft": TsdConfig()}, "TsdConfig cannot be given directions: it is not one of PEFT's own methods"),
         ({"peft": LoraConfig(init_lora_weights="pissa")}, r"TsdConfig\(method='lora-dash', init_lora_weights=...\)"),
         ({"peft": LoraConfig(alora_invocation_tokens=[1])}, r"with alora_invocation_tokens=\[1\], an activated LoRA"),
-        ({"prelaunch_steps": 0}, "prelaunch_steps must be a positive integer"),
+        ({"prelaunch_steps": -1}, "prelaunch_steps must be the number"),
         (
             {"num_directions": 2.5},
             "num_directions must be a positive integer, the .*; got 2.5",

@@ -9,13 +9,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import PeftModel, get_peft_model
+from peft import LoHaConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 import reference
 import tiny
-from peft_tsd import PrelaunchWarning, TransitionError, TsdCallback, advance, identify_from_gradients
+from peft_tsd import (
+    DashConfig,
+    PrelaunchWarning,
+    TransitionError,
+    TsdCallback,
+    advance,
+    identify_from_gradients,
+)
 from peft_tsd.gradients import loss_of_output, weight_gradients
 from peft_tsd.model import adapted_layers
 from test_layer import LAYERS, One
@@ -329,3 +336,32 @@ def peak_bytes(work) -> int:
     events = profile.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     return max(itertools.accumulate(change for _, change in changes))
+
+
+# Beside another method of PEFT's
+
+
+@pytest.mark.parametrize("settings", [{"prelaunch_steps": 0}, {"prelaunch_steps": "auto"}], ids=str)
+def test_directions_beside_another_method(settings):
+    base = tiny.llama().double()
+    gradients = dense_gradients(base, BATCHES)
+    method = LoHaConfig(r=2, target_modules=["q_proj", "down_proj"])
+    model = get_peft_model(
+        base,
+        DashConfig(
+            peft=method,
+            num_directions=3,
+            direction_budget="global",
+            prelaunch_min=3,
+            prelaunch_max=5,
+            **settings,
+        ),
+    )
+    layers = adapted_layers(model, "default")
+    if settings["prelaunch_steps"] == 0:
+        identify_from_gradients(model, BATCHES)
+        for name, found in model.directions().items():
+            assert_highest(found, layers[name].weight_matrix(), gradients[name], len(found.indices))
+    tiny.train(model, 5, lr=1e-3)
+    assert model.directions().prelaunch_steps in ((0,) if settings["prelaunch_steps"] == 0 else (3, 4, 5))
+    assert sum(len(one.delta_sigma) for one in model.directions().values()) == 3 * len(layers)
