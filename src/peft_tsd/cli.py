@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     compare = verbs.add_parser("compare", help="train and score several methods alike, and say which is better")
     compare.add_argument("recipe", metavar="RECIPE", help="a YAML file, or a recipe's name")
     compare.add_argument("overrides", metavar="key=value", nargs="*", help="for every run, e.g. training.steps=100")
-    compare.add_argument("--methods", metavar="M,M", help="all without it: base,full,lora,dora,pissa,adalora,lora-…")
+    compare.add_argument("--methods", metavar="M,M", help="by default base,full,lora,dora,pissa,adalora,lora-…")
     compare.add_argument("--ranks", metavar="R,R", help="e.g. 4,8; the recipe's without it")
     compare.add_argument("--seeds", default="0,1,2", metavar="S,S", help="(default 0,1,2)")
     compare.add_argument(
@@ -324,7 +324,7 @@ def _summary(result: Any) -> str:
     lines += [f"{name:12} {_near(path)}" for name, path in there.items()]
     if there:
         lines += ["next:", f"  {_command()} evaluate {shlex.quote(_near(list(there.values())[-1]))}"]
-    if change:
+    if folder.adapter_lora.exists():
         lines += [
             f"  {_command()} export {shlex.quote(_near(folder.adapter))} OUT --rank 8",
             f"  {_command()} train {shlex.quote(_near(folder.recipe))} method=lora output=OTHER   # the baseline",

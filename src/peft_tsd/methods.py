@@ -1,11 +1,13 @@
 """The methods a recipe can name: this package's, and what they are compared with.
 
-    lora-tsd, lora-dash, lora-init      directions on top of LoRA (`TsdConfig`)
-    lora, dora, pissa, adalora          PEFT's own, from the same `adapter` settings
-    full                                every parameter of the model, no adapter
-    base                                nothing is trained
+    lora-tsd, lora-dash, lora-init                       directions on top of LoRA (`TsdConfig`)
+    lora, dora, pissa, adalora, loha, vera, oft          PEFT's own, from the same `adapter` settings
+    dora-dash, adalora-dash, loha-dash, vera-dash, …     directions beside those (`DashConfig`)
+    full                                                 every parameter of the model, no adapter
+    base                                                 nothing is trained
 
 DoRA: Liu et al., arXiv 2402.09353. PiSSA: Meng et al., arXiv 2404.02948. AdaLoRA: Zhang et al., arXiv 2303.10512.
+LoHa: Hyeon-Woo et al., arXiv 2108.06098. VeRA: Kopiczko et al., arXiv 2310.11454. OFT: Qiu et al., arXiv 2306.07280.
 """
 
 from __future__ import annotations
@@ -13,16 +15,23 @@ from __future__ import annotations
 import math
 from typing import Any, cast
 
-from peft import AdaLoraConfig, LoraConfig, PeftConfig
+from peft import AdaLoraConfig, LoHaConfig, LoraConfig, OFTConfig, PeftConfig, VeraConfig
 from transformers.trainer_callback import TrainerCallback
 
 from .config import Method, TsdConfig
+from .dash.config import DashConfig
 from .errors import RecipeError
-from .recipe import Recipe
+from .recipe import TSD_METHODS, Recipe
 
 # AdaLoRA starts with 1.5 times the ranks it ends with (its paper's choice), gives up none in the first tenth of the
 # steps, and trains what is left in the last three tenths.
 ADALORA_START, ADALORA_WARMUP, ADALORA_FINAL = 1.5, 0.1, 0.3
+
+# VeRA trains one number a rank and one an output, and its paper's ranks are around 256.
+VERA_RANKS = 32
+
+# A square layer has as many parameters with blocks of 4·r as with a LoRA of rank r, nearly.
+OFT_BLOCK = 4
 
 
 def adapter_config(recipe: Recipe, task_type: str, steps: int) -> PeftConfig | None:
@@ -44,16 +53,28 @@ def adapter_config(recipe: Recipe, task_type: str, steps: int) -> PeftConfig | N
 
 
 def _config(recipe: Recipe, fields: dict[str, Any], steps: int) -> PeftConfig | None:
-    if recipe.uses_directions:
-        return TsdConfig(method=cast(Method, recipe.method), **recipe.directions.model_dump(), **fields)
-    if recipe.method == "lora":
+    method, directions = recipe.method, recipe.directions.model_dump()
+    if method in TSD_METHODS:
+        return TsdConfig(method=cast(Method, method), **directions, **fields)
+    if method in ("full", "base"):
+        return None
+    of_peft = _of_peft(method.removesuffix("-dash"), fields, steps)
+    if not recipe.uses_directions:
+        return of_peft
+    del directions["init_reading"]  # nothing starts anew
+    return DashConfig(peft=of_peft, **directions)
+
+
+def _of_peft(method: str, fields: dict[str, Any], steps: int) -> PeftConfig:
+    """The configuration of a method of PEFT's, from the fields of `LoraConfig`."""
+    if method == "lora":
         return LoraConfig(**fields)
-    if recipe.method == "dora":
+    if method == "dora":
         return LoraConfig(**{**fields, "use_dora": True})
-    if recipe.method == "pissa":
+    if method == "pissa":
         return LoraConfig(**{**fields, "init_lora_weights": "pissa"})
-    if recipe.method == "adalora":
-        r = fields.pop("r")
+    r = fields.pop("r")
+    if method == "adalora":
         return AdaLoraConfig(
             **fields,
             init_r=math.ceil(ADALORA_START * r),
@@ -63,7 +84,13 @@ def _config(recipe: Recipe, fields: dict[str, Any], steps: int) -> PeftConfig | 
             tfinal=max(1, round(ADALORA_FINAL * steps)),
             deltaT=max(1, steps // 100),
         )
-    return None
+    alpha, dropout = fields.pop("lora_alpha"), fields.pop("lora_dropout")
+    if method == "loha":
+        return LoHaConfig(**fields, r=r, alpha=alpha)
+    if method == "vera":
+        return VeraConfig(**fields, r=VERA_RANKS * r, vera_dropout=dropout)
+    assert method == "oft"
+    return OFTConfig(**fields, r=0, oft_block_size=OFT_BLOCK * r)
 
 
 def without_weights(config: PeftConfig) -> PeftConfig:
@@ -71,6 +98,11 @@ def without_weights(config: PeftConfig) -> PeftConfig:
     if isinstance(config, LoraConfig) and config.init_lora_weights == "pissa":
         config.init_lora_weights = True
     return config
+
+
+def is_adalora(config: PeftConfig | None) -> bool:
+    """Whether AdaLoRA is trained, with or without directions beside it."""
+    return isinstance(config.peft if isinstance(config, DashConfig) else config, AdaLoraConfig)
 
 
 class AdaLoraCallback(TrainerCallback):

@@ -198,7 +198,7 @@ class Adapter(_Section):
         return self
 
 
-DIRECTION_METHODS = ("lora-tsd", "lora-dash", "lora-init")
+TSD_METHODS = ("lora-tsd", "lora-dash", "lora-init")
 
 
 class Directions(_Section):
@@ -301,9 +301,12 @@ class Recipe(_Section):
     model: Model
     data: Data = Data()
     task: Task
-    method: Literal["lora-tsd", "lora-dash", "lora-init", "lora", "dora", "pissa", "adalora", "full", "base"] = (
-        "lora-tsd"
-    )
+    method: Literal[
+        "lora-tsd", "lora-dash", "lora-init",
+        "lora", "dora", "pissa", "adalora", "loha", "vera", "oft",
+        "dora-dash", "adalora-dash", "loha-dash", "vera-dash", "oft-dash",
+        "full", "base",
+    ] = "lora-tsd"  # fmt: skip
     """See `methods`."""
     adapter: Adapter = Adapter()
     directions: Directions = Directions()
@@ -374,7 +377,7 @@ class Recipe(_Section):
 
     @property
     def uses_directions(self) -> bool:
-        return self.method in DIRECTION_METHODS
+        return self.method in TSD_METHODS or self.method.endswith("-dash")
 
     @property
     def data_seed(self) -> int:

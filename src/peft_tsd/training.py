@@ -26,7 +26,7 @@ from types import FrameType
 from typing import Any, Literal, NamedTuple
 
 import torch
-from peft import AdaLoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -34,13 +34,12 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from .config import TsdConfig
 from .export import export_lora
 from .folders import write_folder
 from .loading import Source, check_target_modules, load_config, load_model, load_skeleton, load_tokenizer, locate
-from .methods import AdaLoraCallback, adapter_config, without_weights
+from .methods import AdaLoraCallback, adapter_config, is_adalora, without_weights
 from .model import PrelaunchWarning
-from .recipe import SUITES, Recipe, RecipeError, did_you_mean
+from .recipe import SUITES, TSD_METHODS, Recipe, RecipeError, did_you_mean
 from .run_folder import RunFolder, find_run
 from .schedule import TransitionError, TsdCallback
 from .tasks import Classification, Family, Material, load_task
@@ -315,7 +314,7 @@ def _run(job: _Job, stop: _Stop) -> Result:
         kept = folder.model if job.adapter_config is None else folder.adapter
         if recipe.method != "base" and not kept.exists():
             write_folder(kept, lambda path: _save(model, job.tokenizer, path))
-        if recipe.uses_directions and not folder.adapter_lora.exists():
+        if recipe.method in TSD_METHODS and not folder.adapter_lora.exists():
             log.info("exported %s", export_lora(model, folder.adapter_lora))
 
         _record_scores(metrics["score"], job, job.scores(model, "scoring after training", stop.check), "after")
@@ -369,7 +368,7 @@ def _trained(job: _Job, base: Any, folder: RunFolder, stop: _Stop) -> tuple[Any,
     if recipe.training.gradient_checkpointing:
         base.gradient_checkpointing_enable()
     model = base.requires_grad_(True) if job.adapter_config is None else get_peft_model(base, job.adapter_config)
-    schedule = TsdCallback() if isinstance(job.adapter_config, TsdConfig) else None
+    schedule = TsdCallback() if recipe.uses_directions else None
     record = _Record(folder, job.steps, stop, schedule, last[1] if last else None)
     trainer = Trainer(
         model=model,
@@ -379,7 +378,7 @@ def _trained(job: _Job, base: Any, folder: RunFolder, stop: _Stop) -> tuple[Any,
         # The record comes first, so that its seconds a step leave the transition out.
         callbacks=[record, schedule] if schedule else [record],
     )
-    if isinstance(job.adapter_config, AdaLoraConfig):
+    if is_adalora(job.adapter_config):
         trainer.add_callback(AdaLoraCallback())
     trainer.remove_callback(PrinterCallback)
     with warnings.catch_warnings():
@@ -487,7 +486,7 @@ def _training_arguments(recipe: Recipe, steps: int, folder: RunFolder) -> Traini
         fp16=casts == "float16",
         use_cpu=_device().type == "cpu",
         # AdaLoRA's statistics are in no checkpoint: a run of it that was stopped begins anew.
-        save_strategy="no" if recipe.method == "adalora" else "steps",
+        save_strategy="no" if recipe.method.startswith("adalora") else "steps",
         save_steps=recipe.training.save_every,
         save_total_limit=recipe.training.keep_checkpoints,
         # Every step: an average over several would break where a run is continued.

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..embedding import script_digest, script_json
 from ..errors import RecipeError
-from .plan import METHODS, Group, Plan
+from .plan import METHODS, MORE_METHODS, Group, Plan
 from .results import Interval, Summary, group_of
 from .tables import cells, legend
 
@@ -19,6 +19,7 @@ SIGNIFICANT = 0.05
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; a method has one, and a rank a kind of line.
 _COLOURS = ("#7f7f7f", "#000000", "#0072b2", "#56b4e9", "#cc79a7", "#b8860b", "#d55e00", "#009e73", "#9b30c9")
+_MORE_COLOURS = ("#8c564b", "#17a2b8", "#6b8e23", "#2f4f9f", "#8b6508", "#5c3a31", "#0e6f7d", "#4b6318")
 _LINES = ("solid", "dash", "dot", "dashdot", "longdash")
 
 
@@ -204,7 +205,7 @@ def _tuned(rows: Sequence[Mapping[str, Any]], plan: Plan) -> list[dict[str, Any]
 
 
 def _colour(method: str) -> str:
-    return _COLOURS[METHODS.index(method)]
+    return dict(zip(METHODS + MORE_METHODS, _COLOURS + _MORE_COLOURS))[method]
 
 
 def _line(rank: int | None, plan: Plan) -> str:

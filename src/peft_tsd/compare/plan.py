@@ -15,6 +15,8 @@ from ..errors import RecipeError, did_you_mean
 from ..recipe import Directions, Recipe, choices_of, load_recipe
 
 METHODS = ("base", "full", "lora", "dora", "pissa", "adalora", "lora-dash", "lora-init", "lora-tsd")
+"""What is compared by default."""
+MORE_METHODS = ("loha", "vera", "oft", "dora-dash", "adalora-dash", "loha-dash", "vera-dash", "oft-dash")
 RANKLESS = ("base", "full")
 
 # What each method makes use of under `directions`; varying the others would repeat a run under another name.
@@ -23,6 +25,7 @@ USED = {
     "lora-dash": _ALL - {"init_reading"},
     "lora-init": _ALL - {"num_directions", "direction_budget", "max_directions", "dash_lr_ratio", "dash_unit"},
     "lora-tsd": _ALL,
+    **{method: _ALL - {"init_reading"} for method in MORE_METHODS if method.endswith("-dash")},
 }
 
 
@@ -164,7 +167,7 @@ def make_plan(
     Args:
         recipe: A YAML file, or a shipped recipe's name.
         overrides: `key=value` each, for every run.
-        methods: Of `METHODS`.
+        methods: Of `METHODS` and `MORE_METHODS`.
         ranks: LoRA's r; α stays in the recipe's proportion to it. The recipe's own without it.
         seeds: Of the data order, the adapter's start, a classifier's new head.
         tasks: Rows of the recipe's `task` choice; its default without it.
@@ -186,8 +189,8 @@ def make_plan(
         if given is not None and (not given or len(set(given)) < len(given)):
             raise RecipeError(f"--{name} must name one or more, each once; got {', '.join(map(str, given)) or 'none'}")
     for method in methods:
-        if method not in METHODS:
-            raise RecipeError(f"--methods: {method!r} is no method{did_you_mean(method, METHODS)}")
+        if method not in (known := METHODS + MORE_METHODS):
+            raise RecipeError(f"--methods: {method!r} is no method{did_you_mean(method, known)}")
     if tasks is not None:
         if "task" not in choices:
             raise RecipeError(f"--tasks={','.join(tasks)}: the recipe {recipe!r} has no choice of task; leave it out")
