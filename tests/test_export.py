@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import reference
 import tiny
 from peft_tsd import export_lora
-from peft_tsd.export import _truncate
+from peft_tsd.export import truncate
 from peft_tsd.model import adapted_layers
 
 
@@ -160,7 +160,7 @@ def test_one_of_several_adapters(tmp_path):
 def test_compression_is_the_truncated_svd_of_the_dense_change(inner, out, into, rank, seed):
     generator = torch.Generator().manual_seed(seed)
     a, b = torch.randn(inner, into, generator=generator), torch.randn(out, inner, generator=generator)
-    new_a, new_b, error = _truncate(a, b, rank)
+    new_a, new_b, error = truncate(a, b, rank)
     dense = b.double() @ a.double()
     u, sigma, v = reference.svd(dense)
     best = torch.from_numpy((u[:, :rank] * sigma[:rank]) @ v[:, :rank].T)

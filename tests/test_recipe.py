@@ -4,12 +4,16 @@ import pytest
 import yaml
 
 from peft_tsd.choices import combinations
+from peft_tsd.diffusion import recipe as diffusion_recipe
+from peft_tsd.diffusion.recipe import DreamBooth
 from peft_tsd.recipe import (
     Recipe,
     RecipeError,
     apply_overrides,
     check_recipe,
     choices_of,
+    describe,
+    kind_of,
     load_recipe,
     shipped_recipes,
 )
@@ -242,13 +246,14 @@ def test_yaml_numbers_as_people_write_them(tmp_path):
 def test_shipped_recipes_are_valid_and_open_with_their_command(name):
     path = shipped_recipes()[name]
     assert path.read_text().startswith(f"# peft-tsd train {name}\n")
-    recipe = load_recipe(name)
-    assert recipe.description
+    load = load_recipe if kind_of(name) is None else diffusion_recipe.load_recipe
+    recipe = load(name)
+    assert recipe.description == describe(name) != ""
     # Runs with other choices are other runs.
     chosen = [choice.default for choice in choices_of(name).values()]
     assert recipe.output.endswith("/".join(["runs", "-".join([name, *chosen])]))
     for overrides in combinations(choices_of(name)):
-        assert load_recipe(name, overrides).output.endswith("-".join(part.partition("=")[2] for part in overrides))
+        assert load(name, overrides).output.endswith("-".join(part.partition("=")[2] for part in overrides))
 
 
 # The paper's settings, by rank.
@@ -292,9 +297,11 @@ def test_glue_as_in_the_paper(name):
     }
 
 
-def test_the_docs_list_every_key():
-    docs = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
-    for name, field in Recipe.model_fields.items():
+@pytest.mark.parametrize(("schema", "pages"), [(Recipe, ["recipes"]), (DreamBooth, ["recipes", "dreambooth"])])
+def test_the_docs_list_every_key(schema, pages):
+    folder = Path(__file__).parent.parent / "docs"
+    docs = "".join((folder / f"{page}.md").read_text(encoding="utf-8") for page in pages)
+    for name, field in schema.model_fields.items():
         section = field.annotation
         keys = [name] if not hasattr(section, "model_fields") else [f"{name}.{key}" for key in section.model_fields]
         for key in keys:

@@ -37,14 +37,14 @@ def run(recipe: Path, *overrides: str) -> training.Result:
 
 def interrupt_at(monkeypatch, start: str) -> None:
     """Ctrl-C as the log line beginning with `start` is written."""
-    write = training._file_only
+    write = training.file_only
 
     def watched(message: str) -> None:
         write(message)
         if message.startswith(start):
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(training, "_file_only", watched)
+    monkeypatch.setattr(training, "file_only", watched)
 
 
 def assert_same_result(one: RunFolder, other: RunFolder) -> None:

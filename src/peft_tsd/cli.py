@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import json
 import logging
 import shlex
@@ -19,7 +21,9 @@ from .recipe import (
     RecipeError,
     apply_overrides,
     choices_of,
+    describe,
     find_recipe,
+    kind_of,
     load_recipe,
     parse_yaml,
     shipped_recipes,
@@ -79,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("adapter", metavar="ADAPTER", help="an adapter's folder, or a run folder")
     export.add_argument("out", metavar="OUT", help="the folder to make")
     export.add_argument("--rank", type=int, help="compress to this rank; exact without it")
+    export.add_argument("--kohya", action="store_true", help="diffusion models: also in the keys that WebUIs read")
     export.set_defaults(run=_export)
 
     explore = verbs.add_parser("explore", help="show what fine-tuning changed, along each weight's core directions")
@@ -119,6 +124,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    if kind_of(arguments.recipe) == "dreambooth":
+        return _train_dreambooth(arguments)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     from . import training
 
@@ -133,6 +140,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
+    if kind_of(arguments.recipe) == "dreambooth":
+        return _compare_dreambooth(arguments)
     from . import compare as comparing
 
     out = Path(arguments.out or Path("comparisons") / find_recipe(arguments.recipe).stem).expanduser()
@@ -157,6 +166,33 @@ def _compare(arguments: argparse.Namespace) -> int:
     return DONE if all(row["status"] == "finished" for row in result.rows) else BAD_INPUT
 
 
+def _compare_dreambooth(arguments: argparse.Namespace) -> int:
+    for option, given in (("--tasks", arguments.tasks), ("--vary", arguments.vary), ("--tune", arguments.tune)):
+        if given:
+            raise RecipeError(f"{option} {given!r} has no meaning for {arguments.recipe!r}; vary --methods or --ranks")
+    if arguments.jobs != 1:
+        raise RecipeError(f"--jobs={arguments.jobs} has no meaning for {arguments.recipe!r}; its runs share one GPU")
+    command = _diffusion()
+    from .stopping import Interrupted
+
+    out = Path(arguments.out or Path("comparisons") / find_recipe(arguments.recipe).stem).expanduser()
+    try:
+        result = command.compare(
+            arguments.recipe,
+            arguments.overrides,
+            out,
+            methods=arguments.methods.split(",") if arguments.methods is not None else None,
+            ranks=_numbers("--ranks", arguments.ranks),
+            seeds=_numbers("--seeds", arguments.seeds) or (),
+            screen=_screen,
+        )
+    except Interrupted:
+        print(f"interrupted; the same command continues, with what is done in {_near(out)}", file=sys.stderr)
+        return INTERRUPTED
+    print(command.comparison_summary(result, _near))
+    return DONE
+
+
 def _numbers(option: str, given: str | None) -> list[int] | None:
     if given is None:
         return None
@@ -173,6 +209,27 @@ def _values(option: str, given: str) -> tuple[str, list[Any]]:
     return key, [parse_yaml(value, f"{option} {given!r}") for value in values.split(",")]
 
 
+def _train_dreambooth(arguments: argparse.Namespace) -> int:
+    command = _diffusion()
+    from .stopping import Interrupted
+
+    try:
+        result = command.run(arguments.recipe, arguments.overrides, _screen)
+    except Interrupted as interrupted:
+        _say_how_to_resume(interrupted.folder)
+        return INTERRUPTED
+    print(command.summary(result, _command(), _near))
+    return DONE
+
+
+def _diffusion() -> Any:
+    """The part of the package that teaches diffusion models."""
+    for module in ("diffusers", "PIL"):
+        if importlib.util.find_spec(module) is None:
+            raise RecipeError("teaching a diffusion model needs more packages: pip install 'peft-tsd[diffusion]'")
+    return importlib.import_module("peft_tsd.diffusion.command")
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe) if arguments.recipe else None
     from .training import evaluate
@@ -186,7 +243,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.adapter).expanduser()
     # A run folder stands for its adapter.
-    adapter = folder / "adapter" if (folder / "adapter" / "adapter_config.json").is_file() else folder
+    adapter = folder / "adapter" if (folder / "adapter").is_dir() else folder
+    if any(adapter.glob("*/adapter_config.json")):
+        return _export_dreambooth(adapter, arguments)
+    if arguments.kohya:
+        raise RecipeError(f"--kohya is for the adapters of diffusion models, and {arguments.adapter!r} holds none")
     if not (adapter / "adapter_config.json").is_file():
         raise RecipeError(
             f"{arguments.adapter!r} holds no adapter_config.json; give an adapter's folder or a run folder"
@@ -195,6 +256,18 @@ def _export(arguments: argparse.Namespace) -> int:
 
     try:
         print(export_lora(adapter, Path(arguments.out).expanduser(), rank=arguments.rank))
+    except (ValueError, OSError) as error:
+        raise RecipeError(" ".join(str(error).split())) from None
+    return DONE
+
+
+def _export_dreambooth(adapter: Path, arguments: argparse.Namespace) -> int:
+    _diffusion()
+    from .diffusion import export_diffusers
+
+    out = Path(arguments.out).expanduser()
+    try:
+        print(export_diffusers(adapter, out, rank=arguments.rank, kohya=arguments.kohya))
     except (ValueError, OSError) as error:
         raise RecipeError(" ".join(str(error).split())) from None
     return DONE
@@ -228,7 +301,7 @@ def _explore(arguments: argparse.Namespace) -> int:
 def _list_recipes(arguments: argparse.Namespace) -> int:
     width = max(map(len, shipped_recipes()))
     for name, path in shipped_recipes().items():
-        print(f"{name:{width}}  {load_recipe(str(path)).description}")
+        print(f"{name:{width}}  {describe(str(path))}")
         for choice, (_, table) in choices_of(str(path)).items():
             print(f"{'':{width}}  {choice}={'|'.join(table)}")
     print("\npeft-tsd recipes show NAME prints one; peft-tsd train NAME runs it.")
@@ -237,20 +310,30 @@ def _list_recipes(arguments: argparse.Namespace) -> int:
 
 def _show_recipe(arguments: argparse.Namespace) -> int:
     if arguments.overrides:
-        print(load_recipe(arguments.name, arguments.overrides).to_yaml(), end="")
+        print(_load(arguments.name, arguments.overrides).to_yaml(), end="")
     else:
         print(find_recipe(arguments.name).read_text(encoding="utf-8"), end="")
     return DONE
 
 
+def _load(reference: str, overrides: Sequence[str]) -> Any:
+    """A recipe of whatever kind it is."""
+    if kind_of(reference) == "dreambooth":
+        from .diffusion.recipe import load_recipe as load_dreambooth
+
+        return load_dreambooth(reference, overrides)
+    return load_recipe(reference, overrides)
+
+
 def _check_recipes(arguments: argparse.Namespace) -> int:
-    from .recipe_check import check_recipe_model
+    from . import recipe_check
 
     with _screen():
         for name in arguments.names or shipped_recipes():
+            check: Any = recipe_check if kind_of(name) is None else _diffusion()
             lines = [name]
             for overrides in combinations(choices_of(name)):
-                parts = check_recipe_model(load_recipe(name, overrides))
+                parts = check.check_recipe_model(_load(name, overrides))
                 trained = " + ".join(f"{part} {count:,}" for part, count in parts.items())
                 lines.append(f"  {' '.join(overrides):22} {sum(parts.values()):>12,} = {trained}")
             print("\n".join(lines))

@@ -100,13 +100,17 @@ def export_lora(
     return ExportReport(out, max(ranks), errors)
 
 
-class _Lora(NamedTuple):
+class Lora(NamedTuple):
+    """A plain LoRA."""
+
     config: LoraConfig
     state: dict[str, Tensor]
+    """Its tensors, under PEFT's names."""
     errors: dict[str, float]
+    """The relative error of each layer that was compressed."""
 
 
-def _convert(model_or_path: nn.Module | str | os.PathLike[str], adapter_name: str | None, rank: int | None) -> _Lora:
+def _convert(model_or_path: nn.Module | str | os.PathLike[str], adapter_name: str | None, rank: int | None) -> Lora:
     if not isinstance(model_or_path, nn.Module):
         path = os.fspath(model_or_path)
         config = PeftConfig.from_pretrained(path)
@@ -116,7 +120,7 @@ def _convert(model_or_path: nn.Module | str | os.PathLike[str], adapter_name: st
                 "it with PeftModel.from_pretrained(base, path), and export that."
             )
         _check_type(config, path)
-        return _tsd_as_lora(config, load_peft_weights(path, device="cpu"), rank)
+        return as_lora(config, load_peft_weights(path, device="cpu"), rank)
     model = model_or_path
     configs = getattr(model, "peft_config", {})
     if adapter_name is None:
@@ -130,7 +134,7 @@ def _convert(model_or_path: nn.Module | str | os.PathLike[str], adapter_name: st
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
     if isinstance(config, DashConfig):
         return _dash_as_lora(config, state, stack_layers(model, adapter_name, rank))
-    return _tsd_as_lora(config, state, rank)
+    return as_lora(config, state, rank)
 
 
 def _check_type(config: PeftConfig, name: str) -> None:
@@ -139,7 +143,12 @@ def _check_type(config: PeftConfig, name: str) -> None:
         raise ValueError(f"{name} is an adapter of type {kind}, not of type TSD; there is nothing to convert.")
 
 
-def _tsd_as_lora(config: TsdConfig, state: dict[str, Tensor], rank: int | None) -> _Lora:
+def as_lora(config: TsdConfig, state: dict[str, Tensor], rank: int | None) -> Lora:
+    """The plain LoRA that an adapter is, of scaling 1; compressed where `rank` is given.
+
+    Raises:
+        ValueError: The adapter has no layer, or as `stack_layer`.
+    """
     layers = sorted(key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight"))
     if not layers:
         raise ValueError("The adapter has no LoRA layer; there is nothing to export.")
@@ -154,7 +163,7 @@ def _tsd_as_lora(config: TsdConfig, state: dict[str, Tensor], rank: int | None) 
         name = _prefixed(layer).removeprefix("base_model.model.")
         factor_a, factor_b, bias = stack_layer(config, state, layer, name)
         if rank is not None:
-            factor_a, factor_b, errors[name] = _truncate(factor_a, factor_b, rank)
+            factor_a, factor_b, errors[name] = truncate(factor_a, factor_b, rank)
         kernel = state[f"{layer}.lora_A.weight"].shape[1:]
         ranks[name] = factor_a.shape[0]
         out[_prefixed(f"{layer}.lora_A.weight")] = factor_a.reshape(-1, *kernel)
@@ -162,10 +171,10 @@ def _tsd_as_lora(config: TsdConfig, state: dict[str, Tensor], rank: int | None) 
         if bias is not None:
             out[_prefixed(f"{layer}.lora_B.bias")] = bias
     shared = {f.name: getattr(config, f.name) for f in fields(LoraConfig) if f.name != "peft_type"}
-    return _Lora(_lora_config(shared, ranks), _detached(out), errors)
+    return Lora(_lora_config(shared, ranks), _detached(out), errors)
 
 
-def _dash_as_lora(config: DashConfig, state: dict[str, Tensor], layers: dict[str, Stacked]) -> _Lora:
+def _dash_as_lora(config: DashConfig, state: dict[str, Tensor], layers: dict[str, Stacked]) -> Lora:
     prefixes = tuple(f"base_model.model.{name}." for name in layers)
     # What the adapter holds beside its layers: modules_to_save. A tuner's own tensors lie above the model.
     out = {
@@ -184,7 +193,7 @@ def _dash_as_lora(config: DashConfig, state: dict[str, Tensor], layers: dict[str
     }
     ranks = {name: layer.a.shape[0] for name, layer in layers.items()}
     errors = {name: layer.error for name, layer in layers.items() if layer.error is not None}
-    return _Lora(_lora_config(shared, ranks), _detached(out), errors)
+    return Lora(_lora_config(shared, ranks), _detached(out), errors)
 
 
 # How a tensor is called that belongs to a tuner, and not to the model in it.
@@ -258,7 +267,7 @@ def lora_scaling(config: LoraConfig, name: str, rank: int) -> float:
     return alpha / (rank**0.5 if config.use_rslora else rank)
 
 
-def _truncate(factor_a: Tensor, factor_b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+def truncate(factor_a: Tensor, factor_b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """The best factors of at most `rank`, and their relative error, through the small core between two QRs."""
     q_b, r_b = torch.linalg.qr(factor_b.double())
     q_a, r_a = torch.linalg.qr(factor_a.double().mT)

@@ -38,7 +38,7 @@ from .directions import (
     rates_on,
 )
 from .spectrum import Spectrum
-from .stacked import Factors, adapted_linear, add_product
+from .stacked import Factors, adapted_linear, add_product, autocasts
 
 
 class DashScalars(nn.Module):
@@ -511,10 +511,7 @@ class Linear(TsdLayer, lora.Linear):
         weight, bias = base.weight, base.bias
         if self.lora_bias[adapter] or (self.training and not isinstance(self.lora_dropout[adapter], nn.Identity)):
             return None
-        if (
-            torch.is_autocast_enabled(x.device.type)
-            or not x.dtype == weight.dtype == self.lora_A[adapter].weight.dtype
-        ):
+        if autocasts(x.device.type) or not x.dtype == weight.dtype == self.lora_A[adapter].weight.dtype:
             return None
         return adapted_linear(x, weight, bias, self.factors(adapter))
 

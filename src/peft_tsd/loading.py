@@ -14,6 +14,7 @@ from .errors import RecipeError, did_you_mean, one_line
 from .recipe import Model
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 PACKAGE = "package://"
@@ -119,8 +120,15 @@ def load_model(source: Source, config: PretrainedConfig, auto_class: Any, dtype:
     return model.eval()
 
 
-def check_target_modules(names: Sequence[str] | str | None, skeleton: PreTrainedModel) -> None:
-    """Refuse a name of `adapter.target_modules` that no module has. A string is `all-linear` or a regular expression.
+def check_target_modules(
+    names: Sequence[str] | str | None, skeleton: nn.Module, key: str = "adapter.target_modules"
+) -> None:
+    """Refuse a name that no module has. A string is `all-linear` or a regular expression.
+
+    Args:
+        names: What to adapt.
+        skeleton: The model, its weights read or not.
+        key: What the user gave them as, for error messages.
 
     Raises:
         RecipeError: With the nearest name there is.
@@ -131,15 +139,13 @@ def check_target_modules(names: Sequence[str] | str | None, skeleton: PreTrained
         try:
             found = names == "all-linear" or any(re.fullmatch(names, name) for name in modules)
         except re.error as error:
-            raise RecipeError(f"adapter.target_modules={names!r} is not a regular expression: {error}") from None
+            raise RecipeError(f"{key}={names!r} is not a regular expression: {error}") from None
         if not found:
-            raise RecipeError(f"adapter.target_modules={names!r} matches no module{did_you_mean(names, endings)}")
+            raise RecipeError(f"{key}={names!r} matches no module{did_you_mean(names, endings)}")
         return
     for name in names or ():
         if not any(module == name or module.endswith(f".{name}") for module in modules):
-            raise RecipeError(
-                f"adapter.target_modules: no module of the model is named {name!r}{did_you_mean(name, endings)}"
-            )
+            raise RecipeError(f"{key}: no module of the model is named {name!r}{did_you_mean(name, endings)}")
 
 
 def _in_package(name: str, key: str) -> Path:

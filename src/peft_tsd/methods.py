@@ -13,7 +13,7 @@ LoHa: Hyeon-Woo et al., arXiv 2108.06098. VeRA: Kopiczko et al., arXiv 2310.1145
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from peft import AdaLoraConfig, LoHaConfig, LoraConfig, OFTConfig, PeftConfig, VeraConfig
 from transformers.trainer_callback import TrainerCallback
@@ -22,6 +22,9 @@ from .config import Method, TsdConfig
 from .dash.config import DashConfig
 from .errors import RecipeError
 from .recipe import TSD_METHODS, Recipe
+
+if TYPE_CHECKING:
+    from .diffusion.recipe import DreamBooth
 
 # AdaLoRA starts with 1.5 times the ranks it ends with (its paper's choice), gives up none in the first tenth of the
 # steps, and trains what is left in the last three tenths.
@@ -34,12 +37,12 @@ VERA_RANKS = 32
 OFT_BLOCK = 4
 
 
-def adapter_config(recipe: Recipe, task_type: str, steps: int) -> PeftConfig | None:
+def adapter_config(recipe: Recipe | DreamBooth, task_type: str | None, steps: int) -> PeftConfig | None:
     """The adapter a recipe describes, or None where it has none.
 
     Args:
         recipe: What to train.
-        task_type: PEFT's name of it, such as `CAUSAL_LM`.
+        task_type: PEFT's name of it, such as `CAUSAL_LM`; None for a diffusion model.
         steps: Optimizer steps of the whole run.
 
     Raises:
@@ -52,7 +55,7 @@ def adapter_config(recipe: Recipe, task_type: str, steps: int) -> PeftConfig | N
         raise RecipeError(f"adapter: {' '.join(str(error).split())}") from None
 
 
-def _config(recipe: Recipe, fields: dict[str, Any], steps: int) -> PeftConfig | None:
+def _config(recipe: Recipe | DreamBooth, fields: dict[str, Any], steps: int) -> PeftConfig | None:
     method, directions = recipe.method, recipe.directions.model_dump()
     if method in TSD_METHODS:
         return TsdConfig(method=cast(Method, method), **directions, **fields)

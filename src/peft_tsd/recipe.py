@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -22,17 +23,23 @@ from .errors import RecipeError as RecipeError
 from .errors import did_you_mean as did_you_mean
 
 
-def _absolute_if_there(name: str) -> str:
+def absolute_if_there(name: str) -> str:
     """A local path spelled out, so that the recipe kept in a run folder means the same from everywhere."""
     path = Path(name).expanduser()
     return str(path.absolute()) if path.exists() else name
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Keys that belong together; an unknown one, or a value of another type, is refused."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    def to_yaml(self) -> str:
+        """As YAML, with every default spelled out."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
-class Model(_Section):
+
+class Model(Section):
     """The frozen model."""
 
     name: str
@@ -45,14 +52,14 @@ class Model(_Section):
     @field_validator("name")
     @classmethod
     def _absolute(cls, name: str) -> str:
-        return _absolute_if_there(name)
+        return absolute_if_there(name)
 
 
 SUITES = ("commonsense", "math", "glue")
 """Task families that bring their own data sets, rather than a recipe's `data.name` or `data.generator`."""
 
 
-class Data(_Section):
+class Data(Section):
     """Where questions and answers come from: a file or hub dataset (`name`), a `generator`, or a suite's own sets."""
 
     name: str | None = None
@@ -87,7 +94,7 @@ class Data(_Section):
     @field_validator("name", "test_name", "folder")
     @classmethod
     def _absolute(cls, name: str | None) -> str | None:
-        return name if name is None else _absolute_if_there(name)
+        return name if name is None else absolute_if_there(name)
 
     @model_validator(mode="after")
     def _fits_source(self) -> Data:
@@ -125,7 +132,7 @@ Below is an instruction that describes a task. Write a response that appropriate
 """Stanford Alpaca's prompt, for which LLM-Adapters' commonsense and math data were made."""
 
 
-class Task(_Section):
+class Task(Section):
     """How a row becomes a prompt, and how an answer is scored."""
 
     family: Literal["generate", "classify", "commonsense", "math", "glue"]
@@ -172,7 +179,7 @@ class Task(_Section):
         return self
 
 
-class Adapter(_Section):
+class Adapter(Section):
     """The LoRA underneath every method. Takes any further field of `peft.LoraConfig`."""
 
     model_config = ConfigDict(extra="allow", strict=True)
@@ -201,7 +208,7 @@ class Adapter(_Section):
 TSD_METHODS = ("lora-tsd", "lora-dash", "lora-init")
 
 
-class Directions(_Section):
+class Directions(Section):
     """What a method of task-specific directions adds to LoRA; the others do not use it. See `peft_tsd.TsdConfig`."""
 
     prelaunch_steps: int | Literal["auto"] = 100
@@ -226,7 +233,18 @@ class Directions(_Section):
         raise ValueError(f"directions.prelaunch_steps={steps!r}: expected a number of steps, 0 or more, or 'auto'")
 
 
-class Optimizer(_Section):
+def check_reaches_transition(method: str, steps: int, directions: Directions) -> None:
+    """Refuse a run of `steps` with a method of directions that would end before, or at, the transition."""
+    key = "prelaunch_max" if directions.prelaunch_steps == "auto" else "prelaunch_steps"
+    longest = getattr(directions, key)
+    if steps <= longest:
+        raise RecipeError(
+            f"training is {steps} steps long, and directions.{key}={longest} of them are {method}'s pre-launch: train "
+            f"for more steps than that, or give fewer {key}"
+        )
+
+
+class Optimizer(Section):
     """Names and meanings of `transformers.TrainingArguments`."""
 
     name: str = "adamw_torch"
@@ -252,7 +270,7 @@ class Optimizer(_Section):
         return self.warmup_steps or math.ceil(self.warmup_ratio * steps)
 
 
-class Training(_Section):
+class Training(Section):
     """How long, in which portions, and how often to save."""
 
     steps: int | None = Field(default=None, ge=1)
@@ -284,7 +302,7 @@ class Training(_Section):
         return self.epochs * -(-batches // self.gradient_accumulation)
 
 
-class Evaluation(_Section):
+class Evaluation(Section):
     """Scoring."""
 
     before: bool = True
@@ -294,7 +312,7 @@ class Evaluation(_Section):
     batch_size: int = Field(default=32, ge=1)
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """One training run."""
 
     description: str = ""
@@ -358,14 +376,8 @@ class Recipe(_Section):
 
     def check_steps(self, steps: int) -> None:
         """Refuse a run that would end before, or at, the transition."""
-        directions = self.directions
-        key = "prelaunch_max" if directions.prelaunch_steps == "auto" else "prelaunch_steps"
-        longest = getattr(directions, key)
-        if self.uses_directions and steps <= longest:
-            raise RecipeError(
-                f"training is {steps} steps long, and directions.{key}={longest} of them are {self.method}'s "
-                f"pre-launch: train for more steps than that, or give fewer {key}"
-            )
+        if self.uses_directions:
+            check_reaches_transition(self.method, steps, self.directions)
 
     @model_validator(mode="after")
     def _something_to_validate_on(self) -> Recipe:
@@ -383,13 +395,9 @@ class Recipe(_Section):
     def data_seed(self) -> int:
         return self.seed if self.data.seed is None else self.data.seed
 
-    def to_yaml(self) -> str:
-        """The recipe with every default spelled out."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
-
 
 def load_recipe(reference: str, overrides: Iterable[str] = (), settings: Mapping[str, Any] | None = None) -> Recipe:
-    """Read and check a recipe.
+    """Read and check a recipe for a language model.
 
     Args:
         reference: Path of a YAML file, or the name of a recipe shipped with the package.
@@ -397,7 +405,35 @@ def load_recipe(reference: str, overrides: Iterable[str] = (), settings: Mapping
         settings: Values by dotted key, set after the overrides.
 
     Raises:
-        RecipeError: Not found, not YAML, an unknown key, a wrong type or value.
+        RecipeError: Not found, not YAML, an unknown key, a wrong type or value, or a recipe of another kind.
+    """
+    kind = kind_of(reference)
+    if kind is not None:
+        raise RecipeError(f"{reference!r} is a recipe of the kind {kind}, which is only for `peft-tsd train`")
+    return load_as(Recipe, reference, overrides, settings)
+
+
+Kind = TypeVar("Kind", bound=Section)
+
+
+def load_as(
+    schema: type[Kind],
+    reference: str,
+    overrides: Iterable[str] = (),
+    settings: Mapping[str, Any] | None = None,
+    short: Mapping[str, str] | None = None,
+) -> Kind:
+    """Read and check a recipe of any kind.
+
+    Args:
+        schema: The recipe's class.
+        reference: As `load_recipe`.
+        overrides: As `load_recipe`.
+        settings: As `load_recipe`.
+        short: Keys that have a short name, by that name.
+
+    Raises:
+        RecipeError: As `load_recipe`.
     """
     path = find_recipe(reference)
     content, choices = _read(path)
@@ -406,12 +442,33 @@ def load_recipe(reference: str, overrides: Iterable[str] = (), settings: Mapping
         for key, value in choices[name].table[row].items():
             _set(content, key, value, f"choices.{name}.table.{row}: {key}={value!r}")
     for override in rest:
-        _apply(content, override)
+        _apply(content, override, short or {})
     for key, value in (settings or {}).items():
         _set(content, key, value, f"{key}={value!r}")
     # Runs of one recipe with other choices are other runs.
     content.setdefault("output", str(Path("runs") / "-".join([path.stem, *chosen.values()])))
-    return check_recipe(content)
+    return _check(schema, content)
+
+
+KINDS = ("dreambooth",)
+"""What a recipe's `kind` can be; a language model's has none."""
+
+
+def kind_of(reference: str) -> str | None:
+    """The kind of a recipe that is not for a language model, or None.
+
+    Raises:
+        RecipeError: As `load_recipe`, or there is no such kind.
+    """
+    kind: str | None = _read(find_recipe(reference))[0].get("kind")
+    if kind is not None and kind not in KINDS:
+        raise RecipeError(f"kind={kind!r} is not known{did_you_mean(str(kind), KINDS)}")
+    return kind
+
+
+def describe(reference: str) -> str:
+    """The `description` of a recipe of any kind."""
+    return str(_read(find_recipe(reference))[0].get("description", ""))
 
 
 def choices_of(reference: str) -> dict[str, Choice]:
@@ -448,10 +505,14 @@ def check_recipe(content: dict[str, Any]) -> Recipe:
     Raises:
         RecipeError: Everything that is wrong with it, in one line.
     """
+    return _check(Recipe, content)
+
+
+def _check(schema: type[Kind], content: dict[str, Any]) -> Kind:
     try:
-        return Recipe.model_validate(content)
+        return schema.model_validate(content)
     except ValidationError as error:
-        raise RecipeError("; ".join(_explain(e) for e in error.errors())) from None
+        raise RecipeError("; ".join(_explain(e, schema) for e in error.errors())) from None
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -513,11 +574,12 @@ def parse_yaml(text: str, where: str) -> Any:
         raise RecipeError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def _apply(content: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
+def _apply(content: dict[str, Any], override: str, short: Mapping[str, str] = MappingProxyType({})) -> None:
+    key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"cannot read {override!r}; an override is key=value, such as training.steps=100")
-    _set(content, key, parse_yaml(value, f"override {override!r}"), override)
+    value = parse_yaml(text, f"override {override!r}")
+    _set(content, key if isinstance(value, dict) else short.get(key, key), value, override)
 
 
 def _set(content: dict[str, Any], key: str, value: Any, given: str) -> None:
@@ -529,11 +591,11 @@ def _set(content: dict[str, Any], key: str, value: Any, given: str) -> None:
     content[last] = value
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any, schema: type[BaseModel]) -> str:
     path = ".".join(str(part) for part in error["loc"])
     given = error.get("input")
     if error["type"] == "extra_forbidden":
-        section = _section_at(error["loc"][:-1])
+        section = _section_at(schema, error["loc"][:-1])
         prefix = "".join(f"{part}." for part in error["loc"][:-1])
         known = section.model_fields if section else ()
         return f"unknown key {path!r}{did_you_mean(str(error['loc'][-1]), known, prefix=prefix)}"
@@ -548,8 +610,7 @@ def _explain(error: Any) -> str:
     return f"{path}={_short(given)} ({type(given).__name__}): {expected}{nearest}"
 
 
-def _section_at(loc: Sequence[Any]) -> type[BaseModel] | None:
-    section: type[BaseModel] = Recipe
+def _section_at(section: type[BaseModel], loc: Sequence[Any]) -> type[BaseModel] | None:
     for part in loc:
         field = section.model_fields.get(str(part))
         if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):

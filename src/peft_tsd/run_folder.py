@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .folders import write_folder
-from .recipe import Recipe, RecipeError, load_recipe
+from .recipe import Recipe, RecipeError, Section, load_as, load_recipe
 
 COMPLETE = "complete.json"
 
@@ -54,7 +54,7 @@ class RunFolder:
             f"output={str(self.path)!r} exists and is not overwritten: {hint}output=FOLDER names a new one"
         )
 
-    def check_resumable(self, recipe: Recipe) -> None:
+    def check_resumable(self, recipe: Section) -> None:
         """Refuse to continue what is not there, or was begun with another recipe.
 
         Raises:
@@ -64,10 +64,10 @@ class RunFolder:
             raise RecipeError(
                 f"resume=true, and output={str(self.path)!r} holds no run to continue; remove resume=true to begin one"
             )
-        begun = _flat(load_recipe(str(self.recipe)).model_dump())
+        begun = _flat(load_as(type(recipe), str(self.recipe)).model_dump())
         now = _flat(recipe.model_dump())
         # The labels of a classifier may come from its data, and are in the recipe that was kept.
-        unsaid = {"task.labels"} if recipe.task.labels is None else set()
+        unsaid = {"task.labels"} if now.get("task.labels") is None else set()
         for key in sorted((begun.keys() | now.keys()) - _MAY_DIFFER - unsaid):
             if begun.get(key) != now.get(key):
                 raise RecipeError(
@@ -75,7 +75,7 @@ class RunFolder:
                     f"{str(self.path)!r} was begun; give the same recipe, or output=FOLDER for a new run"
                 )
 
-    def create(self, recipe: Recipe, metrics: dict[str, Any]) -> None:
+    def create(self, recipe: Section, metrics: dict[str, Any]) -> None:
         """Make the folder with its recipe and first metrics: all of it, or nothing.
 
         Raises:
@@ -119,6 +119,11 @@ class RunFolder:
         for checkpoint in dropped:
             shutil.rmtree(checkpoint)
         return [checkpoint.name for checkpoint in dropped]
+
+    def keep_newest(self, num: int) -> None:
+        """Remove all but the newest `num` checkpoints."""
+        for checkpoint in self._by_step()[:-num]:
+            shutil.rmtree(checkpoint)
 
     def _by_step(self) -> list[Path]:
         found = [p for p in self.checkpoints.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]

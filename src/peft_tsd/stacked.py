@@ -52,6 +52,11 @@ class Factors(NamedTuple):
         return torch.cat([part.mT for part in (self.b, self.u, self.b0) if part is not None]).mT
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of device; never for "meta", which knows none."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def add_product(result: Tensor, x: Tensor, factors: Factors) -> Tensor:
     """`result + x A'ᵀ B'ᵀ` for x of shape (..., in) and `result` of shape (..., out).
 
@@ -107,11 +112,7 @@ class _AddProduct(torch.autograd.Function):
         ctx.save_for_backward(x, weight, of_a, *(part if isinstance(part, Tensor) else None for part in factors))
         ctx.scaling = factors.scaling
         device = x.device.type
-        ctx.autocast = (
-            torch.autocast(device, torch.get_autocast_dtype(device))
-            if torch.is_autocast_enabled(device)
-            else nullcontext()
-        )
+        ctx.autocast = torch.autocast(device, torch.get_autocast_dtype(device)) if autocasts(device) else nullcontext()
         return out
 
     @staticmethod

@@ -8,22 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
-import os
-import platform
 import shutil
-import signal
-import sys
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from importlib.metadata import version
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -37,22 +28,19 @@ from transformers.training_args import OptimizerNames
 from .export import export_lora
 from .folders import write_folder
 from .loading import Source, check_target_modules, load_config, load_model, load_skeleton, load_tokenizer, locate
+from .machine import current_device, environment, peak_memory
 from .methods import AdaLoraCallback, adapter_config, is_adalora, without_weights
 from .model import PrelaunchWarning
 from .recipe import SUITES, TSD_METHODS, Recipe, RecipeError, did_you_mean
 from .run_folder import RunFolder, find_run
+from .run_log import file_only, log, logging_to
 from .schedule import TransitionError, TsdCallback
+from .stopping import Interrupted as Interrupted
+from .stopping import Stop, interruptible
 from .tasks import Classification, Family, Material, load_task
 
-log = logging.getLogger("peft_tsd")
-
-
-class Interrupted(Exception):
-    """The user stopped a run; `folder` can be continued."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.folder = folder
+if TYPE_CHECKING:
+    from .diffusion.recipe import DreamBooth
 
 
 class Result(NamedTuple):
@@ -71,7 +59,7 @@ def train(recipe: Recipe) -> Result:
         RecipeError: The recipe cannot be carried out; nothing was written.
         Interrupted: The user stopped the run; it can be continued.
     """
-    with _interruptible(Path(recipe.output)) as stop:
+    with interruptible(Path(recipe.output)) as stop:
         job = _prepare(recipe)
         stop.check()
         return _run(job, stop)
@@ -115,7 +103,7 @@ def _evaluate(recipe: Recipe, trained: Path) -> dict[str, Any]:
             message = " ".join(str(error).split())[:400]
             raise RecipeError(f"{str(trained)!r} does not load onto {base_name!r}: {message}") from None
     started = time.perf_counter()
-    scores = job.scores(model.to(_device()), "scoring")
+    scores = job.scores(model.to(current_device()), "scoring")
     return {
         ("whole_model" if whole else "adapter"): str(trained),
         "model": base_name,
@@ -231,8 +219,8 @@ def _prepare(recipe: Recipe, *, to_train: bool = True) -> _Job:
 
 
 def _read(recipe: Recipe, *, to_train: bool) -> _Read:
-    _check_choice("optimizer.name", recipe.optimizer.name, [name.value for name in OptimizerNames])
-    _check_choice("optimizer.schedule", recipe.optimizer.schedule, [name.value for name in SchedulerType])
+    check_choice("optimizer.name", recipe.optimizer.name, [name.value for name in OptimizerNames])
+    check_choice("optimizer.schedule", recipe.optimizer.schedule, [name.value for name in SchedulerType])
     source = locate(recipe.model)
     task, material = load_task(recipe, to_train=to_train)
     config = load_config(source, **task.config_fields)
@@ -255,7 +243,7 @@ def _checked(recipe: Recipe, read: _Read, *, to_train: bool) -> int:
     skeleton = load_skeleton(read.config, read.task.auto_class, trust_remote_code=recipe.model.trust_remote_code)
     trained = _fit(recipe, read.task, skeleton, steps)
     if to_train:
-        _check_disk(recipe, RunFolder(recipe.output), trained, steps)
+        check_disk(recipe, RunFolder(recipe.output), trained, steps)
     return steps
 
 
@@ -273,7 +261,7 @@ def _fit(recipe: Recipe, task: Family, skeleton: PreTrainedModel, steps: int) ->
     return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
-def _run(job: _Job, stop: _Stop) -> Result:
+def _run(job: _Job, stop: Stop) -> Result:
     recipe, folder = job.recipe, RunFolder(job.recipe.output)
     facts = _facts(job)
     if not recipe.resume:
@@ -292,7 +280,7 @@ def _run(job: _Job, stop: _Stop) -> Result:
             )
         if metrics["status"] == "finished":
             return Result(folder, metrics, None)
-    with _logging_to(folder.log):
+    with logging_to(folder.log):
         log.info("%s %s", "continuing" if recipe.resume else "beginning", folder.path)
         for note in job.material.notes:
             log.info(note)
@@ -305,7 +293,7 @@ def _run(job: _Job, stop: _Stop) -> Result:
             [tests] = job.material.tests.values()
             metrics["score"]["majority"] = job.task.majority(tests)
         if recipe.evaluation.before and "before" not in metrics["score"]:
-            scores = job.scores(base.to(_device()), "scoring before training", stop.check)
+            scores = job.scores(base.to(current_device()), "scoring before training", stop.check)
             _record_scores(metrics["score"], job, scores, "before")
             folder.write_metrics(metrics)
 
@@ -325,7 +313,7 @@ def _run(job: _Job, stop: _Stop) -> Result:
             "total_parameters": total,
             "steps": progress["step"],
             "seconds_per_step": progress["seconds"] / max(1, progress["steps_timed"]),
-            "peak_memory_bytes": max(_peak_memory() or 0, progress["peak_memory_bytes"] or 0) or None,
+            "peak_memory_bytes": max(peak_memory() or 0, progress["peak_memory_bytes"] or 0) or None,
             "phase_change": progress["transitions"][0] if progress["transitions"] else None,
             "loss": progress["loss"],
             "seconds": metrics.get("seconds", 0.0) + time.perf_counter() - started,
@@ -347,10 +335,10 @@ def _record_scores(
     log.info("%s %s training: %.4f", job.task.metric, when, record[when])
 
 
-def _trained(job: _Job, base: Any, folder: RunFolder, stop: _Stop) -> tuple[Any, dict[str, Any]]:
+def _trained(job: _Job, base: Any, folder: RunFolder, stop: Stop) -> tuple[Any, dict[str, Any]]:
     """The model after its last step, and the progress that was recorded."""
     if job.recipe.method == "base":
-        return base.to(_device()), _begun()
+        return base.to(current_device()), _begun()
     dropped = folder.drop_incomplete()
     if dropped:
         log.info("removed half-written %s", ", ".join(dropped))
@@ -361,7 +349,7 @@ def _trained(job: _Job, base: Any, folder: RunFolder, stop: _Stop) -> tuple[Any,
             model = type(base).from_pretrained(last[0])
         else:
             model = PeftModel.from_pretrained(base, last[0], is_trainable=True)
-        return model.to(_device()), last[1]
+        return model.to(current_device()), last[1]
 
     recipe = job.recipe
     set_seed(recipe.seed)
@@ -398,7 +386,7 @@ class _Record(TrainerCallback):
         self,
         folder: RunFolder,
         steps: int,
-        stop: _Stop,
+        stop: Stop,
         schedule: TsdCallback | None,
         before: dict[str, Any] | None,
     ) -> None:
@@ -430,7 +418,7 @@ class _Record(TrainerCallback):
             return
         loss = logs["loss"]
         self._bar.set_postfix(loss=f"{loss:.3f}")
-        _file_only(f"step {state.global_step}: loss {loss:.4f}")
+        file_only(f"step {state.global_step}: loss {loss:.4f}")
         if not math.isfinite(loss):
             self._bar.close()
             raise RecipeError(
@@ -451,7 +439,7 @@ class _Record(TrainerCallback):
     def _update(self) -> None:
         made = self._schedule.transitions if self._schedule else []
         self.progress["transitions"] = [*self._transitions_before, *made]
-        self.progress["peak_memory_bytes"] = max(self.progress.get("peak_memory_bytes") or 0, _peak_memory() or 0)
+        self.progress["peak_memory_bytes"] = max(self.progress.get("peak_memory_bytes") or 0, peak_memory() or 0)
 
 
 def _begun() -> dict[str, Any]:
@@ -484,7 +472,7 @@ def _training_arguments(recipe: Recipe, steps: int, folder: RunFolder) -> Traini
         max_grad_norm=recipe.optimizer.max_grad_norm,
         bf16=casts == "bfloat16",
         fp16=casts == "float16",
-        use_cpu=_device().type == "cpu",
+        use_cpu=current_device().type == "cpu",
         # AdaLoRA's statistics are in no checkpoint: a run of it that was stopped begins anew.
         save_strategy="no" if recipe.method.startswith("adalora") else "steps",
         save_steps=recipe.training.save_every,
@@ -505,13 +493,22 @@ def _save(model: Any, tokenizer: Any, path: Path) -> None:
     tokenizer.save_pretrained(path)
 
 
-def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:
+def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a value that is none of `choices`.
+
+    Raises:
+        RecipeError: With the nearest.
+    """
     if value not in choices:
         raise RecipeError(f"{key}={value!r} is not known{did_you_mean(value, choices)}")
 
 
-def _check_disk(recipe: Recipe, folder: RunFolder, trained: int, steps: int) -> None:
-    """Refuse a run whose files, with `trained` numbers, would not fit."""
+def check_disk(recipe: Recipe | DreamBooth, folder: RunFolder, trained: int, steps: int) -> None:
+    """Refuse a run whose files, with `trained` numbers, would not fit.
+
+    Raises:
+        RecipeError: With what is needed and what is free.
+    """
     # A saved adapter and its plain export have, at most, A and B, their starting values, and the directions.
     r, directions = recipe.adapter.r, recipe.directions
     slots = directions.num_directions
@@ -537,7 +534,6 @@ def _facts(job: _Job) -> dict[str, Any]:
     """What a run is, for whoever reads its metrics later."""
     material = job.material
     content = json.dumps([material.train, material.tests if job.is_suite else next(iter(material.tests.values()))])
-    packages = ("peft-tsd", "torch", "transformers", "peft", "accelerate")
     return {
         "model": job.recipe.model.name,
         "method": job.recipe.method,
@@ -547,93 +543,5 @@ def _facts(job: _Job) -> dict[str, Any]:
             "test": material.questions,
             "sha256": hashlib.sha256(content.encode()).hexdigest(),
         },
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "machine": {
-            "platform": platform.platform(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-            "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-        },
+        **environment(),
     }
-
-
-def _device() -> torch.device:
-    from accelerate import PartialState  # type: ignore[import-untyped]
-
-    device: torch.device = PartialState().device
-    return device
-
-
-def _peak_memory() -> int | None:
-    """Most memory that was in use: the accelerator's where there is one, otherwise this process's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ModuleNotFoundError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-class _Stop:
-    """Whether the user asked to stop."""
-
-    def __init__(self, folder: Path) -> None:
-        self.requested = False
-        self._folder = folder
-
-    def check(self) -> None:
-        if self.requested:
-            raise Interrupted(self._folder)
-
-
-@contextmanager
-def _interruptible(folder: Path) -> Iterator[_Stop]:
-    """The first Ctrl-C asks to stop at the next safe point, a second one stops at once."""
-    stop = _Stop(folder)
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        stop.requested = True
-        signal.signal(signal.SIGINT, before)
-        print("\nstopping at the next safe point; Ctrl-C once more stops at once", file=sys.stderr)
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield stop
-    except KeyboardInterrupt:
-        raise Interrupted(folder) from None
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _logging_to(path: Path) -> Iterator[None]:
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    names = ("peft_tsd", "transformers", "peft", "py.warnings")
-    for name in names:
-        logging.getLogger(name).addHandler(handler)
-    level = log.level
-    log.setLevel(logging.INFO)
-    try:
-        yield
-    except (Interrupted, KeyboardInterrupt):
-        log.info("interrupted")
-        raise
-    except RecipeError as error:
-        _file_only(str(error))
-        raise
-    finally:
-        for name in names:
-            logging.getLogger(name).removeHandler(handler)
-        log.setLevel(level)
-        handler.close()
-
-
-def _file_only(message: str) -> None:
-    """A line for the log alone; on the screen it would break the progress bar."""
-    log.info(message, extra={"file_only": True})

@@ -1,0 +1,65 @@
+"""Stopping a run so that it can be continued: the first Ctrl-C or SIGTERM asks, a second one stops at once."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+
+class Interrupted(Exception):
+    """The user stopped a run; `folder` can be continued."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.folder = folder
+
+
+class Stop:
+    """Whether the user asked to stop."""
+
+    def __init__(self, folder: Path) -> None:
+        self.requested = False
+        self._folder = folder
+
+    def check(self) -> None:
+        """Be such a safe point.
+
+        Raises:
+            Interrupted: The user asked to stop.
+        """
+        if self.requested:
+            raise Interrupted(self._folder)
+
+
+@contextmanager
+def interruptible(folder: Path) -> Iterator[Stop]:
+    """Within it, Ctrl-C and SIGTERM ask for `folder`'s run to stop at the next safe point."""
+    stop = Stop(folder)
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        stop.requested = True
+        restore()
+        print("\nstopping at the next safe point; Ctrl-C once more stops at once", file=sys.stderr)
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield stop
+    except KeyboardInterrupt:
+        raise Interrupted(folder) from None
+    finally:
+        restore()
