@@ -152,6 +152,20 @@ def test_a_stopped_run_continues_to_the_same_bits(place, monkeypatch):
         assert_same_result(whole, folder)
 
 
+def test_an_automatic_pre_launch_continues_too(place, monkeypatch):
+    recipe = tiny_diffusion.write_recipe(
+        place, directions={"prelaunch_steps": "auto", "prelaunch_min": 2, "prelaunch_max": 4}
+    )
+    whole = run(recipe).folder
+    assert 2 <= whole.read_metrics()["phase_change"]["step"] <= 4
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, "step 2:")
+        with pytest.raises(Interrupted):
+            run(recipe, f"output={place / 'stopped'}")
+    run(recipe, f"output={place / 'stopped'}", "resume=true")
+    assert_same_result(whole, RunFolder(place / "stopped"))
+
+
 def test_a_run_with_text_encoders_continues_too(place, monkeypatch):
     recipe = tiny_diffusion.write_recipe(place, text_encoders={"train": True, "learning_rate": 1e-4})
     result = run(recipe)
@@ -273,6 +287,10 @@ REFUSED = {
     "a resolution": (["data.resolution=33"], "data.resolution=33 is no multiple of 2, as this model needs; give 3"),
     "no GPU": (["model.dtype=float16"], "model.dtype=float16 needs a GPU"),
     "min-SNR of a flow": (["model={place}/sd3", "training.min_snr_gamma=5"], "no meaning for a rectified-flow model"),
+    "no pre-launch": (
+        ["directions.prelaunch_steps=0"],
+        "directions.prelaunch_steps=0 finds directions from gradients",
+    ),
     "a short run": (["training.steps=3"], "training is 3 steps long"),
     "a prior without words": (["prior.folder={place}/photos"], "needs prior.prompt"),
 }
