@@ -186,7 +186,7 @@ def test_broken_adapters_are_refused_in_one_line(place, capsys):
     capsys.readouterr()
     assert main(["evaluate", "run"]) == 2
     error = capsys.readouterr().err
-    assert "does not load onto" in error
+    assert "is not as it was written" in error
     assert "Traceback" not in error
 
 

@@ -242,10 +242,12 @@ def test_a_damaged_adapter(trained, tmp_path):
         assert not (tmp_path / "out").exists()
 
     refuse("layer '.*layers.0.*q_proj' lacks 'lora_directions.indices'", **{"lora_directions.indices": None})
-    refuse("'model.layers.0.self_attn.q_proj' holds NaN or Inf", **{"lora_B.weight": torch.full((32, 4), torch.nan)})
+    refuse(
+        "layers.0.self_attn.q_proj.lora_B.weight holds NaN or Inf", **{"lora_B.weight": torch.full((32, 4), torch.nan)}
+    )
     if trained.peft_config["default"].learns_along_directions:
-        refuse("The factors of layer .*q_proj' do not fit each other", **{"lora_dash.weight": torch.ones(6)})
-    refuse("The factors of layer .*q_proj' do not fit each other", **{"lora_B.weight": torch.ones(32, 3)})
+        refuse(r"'lora_dash.weight' of layer .*q_proj' is of shape \(6,\)", **{"lora_dash.weight": torch.ones(6)})
+    refuse(r"'lora_B.weight' of layer .*q_proj' is of shape \(32, 3\)", **{"lora_B.weight": torch.ones(32, 3)})
     save_file({"base_model.model.score.weight": torch.ones(1)}, file)
     with pytest.raises(ValueError, match="has no LoRA layer"):
         export_lora(tmp_path / "native", tmp_path / "out")

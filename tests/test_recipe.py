@@ -2,7 +2,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from harness import hostile
+from harness.drawn import Drawn
 from peft_tsd.choices import combinations
 from peft_tsd.diffusion import recipe as diffusion_recipe
 from peft_tsd.diffusion.recipe import DreamBooth
@@ -306,3 +310,15 @@ def test_the_docs_list_every_key(schema, pages):
         keys = [name] if not hasattr(section, "model_fields") else [f"{name}.{key}" for key in section.model_fields]
         for key in keys:
             assert f"`{key}`" in docs, key
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_whatever_a_recipe_holds_it_is_read_or_refused_in_one_line(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("hostile") / "recipe.yaml"
+    known = [f"{s}.{key}" for s in ("model", "training") for key in Recipe.model_fields[s].annotation.model_fields]
+    path.write_bytes(hostile.change_recipe(Drawn(data), check_recipe(MINIMAL).model_dump(), known))
+    try:
+        load_recipe(str(path), hostile.overrides(Drawn(data), known))
+    except RecipeError as error:
+        hostile.assert_one_line(error)

@@ -63,6 +63,7 @@ def test_a_run_leaves_everything(place):
     result = run(text_models.write_recipe(place))
     folder = RunFolder(place / "run")
     assert sorted(p.name for p in folder.path.iterdir()) == [
+        ".lock",
         "adapter",
         "adapter-lora",
         "checkpoints",
@@ -312,3 +313,44 @@ def test_a_broken_weight_at_the_transition_is_said(place, monkeypatch):
     recipe = text_models.write_recipe(place, directions={"prelaunch_steps": 1})
     with pytest.raises(RecipeError, match="Cannot identify directions in layer .*NaN.* Lower optimizer.learning_rate"):
         run(recipe)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]),
+            "deserializing",
+        ),
+        (lambda f: (f / "config.json").write_text("[" * 100_000), "cannot load the model"),
+        (lambda f: edit(f / "config.json", '"hidden_size": 32', '"hidden_size": "x"'), "expected int"),
+        (lambda f: edit(f / "config.json", '"hidden_size": 32', '"hidden_size": 64'), "cannot load the model"),
+        (lambda f: edit(f / "config.json", '"model_type"', '"auto_map": {"AutoConfig": "x.C"}, "x"'), "custom code"),
+        (
+            lambda f: edit(f / "config.json", '"num_hidden_layers": 2', '"num_hidden_layers": 3'),
+            "lack 9 of its weights",
+        ),
+        (lambda f: pickled(f), "Weights only load failed"),
+    ],
+)
+def test_a_base_that_is_not_whole_is_refused_in_one_line(place, damage, message):
+    recipe = text_models.write_recipe(place)
+    damage(place / "model")
+    with pytest.raises(RecipeError, match=message) as caught:
+        run(recipe)
+    assert str(caught.value).isprintable()
+    assert not (place / "harmed").exists()
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+def pickled(model: Path) -> None:
+    class Harm:
+        def __reduce__(self):
+            return Path.touch, (model.parent / "harmed",)
+
+    (model / "model.safetensors").unlink()
+    torch.save({"x": Harm()}, model / "pytorch_model.bin")

@@ -29,11 +29,11 @@ from .recipe import (
     shipped_recipes,
 )
 
-DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
+DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130  # a run stopped by a signal ends with 128 + its number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 done, 2 bad input, 130 interrupted."""
+    """Run the command line and return its exit code: 0 done, 2 bad input, 130 interrupted, 143 terminated."""
     arguments = _parser().parse_args(argv)
     try:
         result: int = arguments.run(arguments)
@@ -134,7 +134,7 @@ def _train(arguments: argparse.Namespace) -> int:
             result = training.train(recipe)
         except training.Interrupted as interrupted:
             _say_how_to_resume(interrupted.folder)
-            return INTERRUPTED
+            return 128 + interrupted.signal
     print(_summary(result))
     return DONE
 

@@ -12,6 +12,9 @@ Found = TypeVar("Found")
 class RecipeError(ValueError):
     """Something the user gave cannot be used. The message is one line: what was given, and what to do."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(_printable(message, 2000))
+
 
 class TransitionError(ValueError):
     """The transition cannot be made; nothing but the step count was changed."""
@@ -43,5 +46,10 @@ def did_you_mean(given: str, known: Iterable[str], *, prefix: str = "", listing:
 
 def one_line(error: BaseException) -> str:
     """The message of an error from elsewhere, on one line and not too long."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 400 else text[:397] + "..."
+    return _printable(" ".join(str(error).split()) or type(error).__name__, 400)
+
+
+def _printable(text: str, most: int) -> str:
+    # What a file holds must not break the line, or give commands to a terminal.
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
 from peft.utils.other import get_pattern_key
-from peft.utils.save_and_load import load_peft_weights
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .adapter_files import WEIGHTS, check_config, check_weights, find_adapter
 from .config import TsdConfig
 from .dash.config import DashConfig
 from .dash.export import Stacked, stack_layers
@@ -113,14 +113,16 @@ class Lora(NamedTuple):
 def _convert(model_or_path: nn.Module | str | os.PathLike[str], adapter_name: str | None, rank: int | None) -> Lora:
     if not isinstance(model_or_path, nn.Module):
         path = os.fspath(model_or_path)
-        config = PeftConfig.from_pretrained(path)
+        folder = find_adapter(path)
+        config = check_config(folder)
         if isinstance(config, DashConfig):
             raise ValueError(
                 f"{path} is an adapter of type {config.peft_type.value}, whose change is read on its base model: load "
                 "it with PeftModel.from_pretrained(base, path), and export that."
             )
         _check_type(config, path)
-        return as_lora(config, load_peft_weights(path, device="cpu"), rank)
+        check_weights(folder / WEIGHTS, config)
+        return as_lora(config, load_file(folder / WEIGHTS), rank)
     model = model_or_path
     configs = getattr(model, "peft_config", {})
     if adapter_name is None:

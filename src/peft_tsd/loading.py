@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,21 +99,30 @@ def load_model(source: Source, config: PretrainedConfig, auto_class: Any, dtype:
     """The model with its weights, on the CPU, in evaluation mode.
 
     A GGUF file's weights are de-quantized, and the model is an ordinary one afterwards: it can be trained and saved.
+
+    Raises:
+        RecipeError: It cannot be loaded, or files lack a part of it; the new head of a classifier is none.
     """
     import torch
     import transformers
 
     options = dict(source.options)
-    if auto_class is transformers.AutoModelForSequenceClassification:
+    classifies = auto_class is transformers.AutoModelForSequenceClassification
+    if classifies:
         # A model that was fine-tuned on other labels has a head of another size; ours is new.
         options["ignore_mismatched_sizes"] = True
     if "gguf_file" in options and hasattr(transformers, "GgufConfig"):
         # Where a kernel for packed weights is installed they would stay packed, and no layer could be adapted.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _one_line_errors(source):
-        model: PreTrainedModel = auto_class.from_pretrained(
-            source.name, config=config, dtype=getattr(torch, dtype), **options
+        model: PreTrainedModel
+        model, found = auto_class.from_pretrained(
+            source.name, config=config, dtype=getattr(torch, dtype), output_loading_info=True, **options
         )
+        missing = sorted(found["missing_keys"])
+        if missing and not classifies:
+            # transformers would have it made up of random numbers.
+            raise ValueError(f"its files lack {len(missing)} of its weights, such as {missing[0]}")
     if "gguf_file" in options:
         _clear_quantized_mark(model)
     return model.eval()
@@ -188,6 +196,6 @@ def _clear_quantized_mark(model: PreTrainedModel) -> None:
 def _one_line_errors(source: Source) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError, struct.error) as error:  # struct: a GGUF file cut short
+    except Exception as error:  # a damaged file makes its readers stumble in any way
         name = str(Path(source.name) / source.options["gguf_file"]) if "gguf_file" in source.options else source.name
         raise RecipeError(f"cannot load the model {name!r}: {one_line(error)}") from None

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .choices import Choice, pick, take_choices
 from .errors import RecipeError as RecipeError
 from .errors import did_you_mean as did_you_mean
+from .errors import one_line
 
 
 def absolute_if_there(name: str) -> str:
@@ -437,6 +438,8 @@ def load_as(
     """
     path = find_recipe(reference)
     content, choices = _read(path)
+    if path.name == "recipe.yaml" and (path.parent / "metrics.json").is_file():
+        content["output"] = str(path.parent)  # the recipe of a run, whose folder may have been moved since
     chosen, rest = pick(choices, overrides)
     for name, row in chosen.items():
         for key, value in choices[name].table[row].items():
@@ -481,7 +484,11 @@ def choices_of(reference: str) -> dict[str, Choice]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Choice]]:
-    content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{str(path)!r} cannot be read: {one_line(error)}") from None
+    content = parse_yaml(text, str(path))
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys; got {type(content).__name__}")
     return content, take_choices(content, str(path))

@@ -7,22 +7,37 @@
     adapter/        the adapter, as PEFT loads it
     adapter-lora/   the same as a plain LoRA
     model/          instead of both, the whole model where `method: full` trained it
+    .lock           held by the process that works on the run
 
 Whatever is written gets a temporary name first and is renamed when it is whole. Trainer writes its checkpoints under
-their final name; one counts as complete when it holds `complete.json`, written last, and every file that one lists.
+their final name; one counts as complete when it holds `complete.json`, written last, and every file that one lists,
+with the sum it lists for it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .folders import write_folder
+from filelock import FileLock, Timeout
+
+from .errors import one_line
+from .folders import sha256, temporary_names, write_folder
 from .recipe import Recipe, RecipeError, Section, load_as, load_recipe
 
 COMPLETE = "complete.json"
+
+_PROGRESS: dict[str, type | tuple[type, ...]] = {
+    "step": int,
+    "seconds": (int, float),
+    "loss": list,
+    "peak_memory_bytes": (int, type(None)),
+}
 
 # What may differ when a run is continued: it changes where results lie and how much memory is used, not the results.
 _MAY_DIFFER = {"output", "description", "evaluation.batch_size"}
@@ -58,8 +73,13 @@ class RunFolder:
         """Refuse to continue what is not there, or was begun with another recipe.
 
         Raises:
-            RecipeError: With the keys that differ.
+            RecipeError: With the keys that differ, or the link that leads elsewhere.
         """
+        linked = [p for p in (self.checkpoints, self.metrics, *self._by_step()) if p.is_symlink()]
+        if linked:
+            raise RecipeError(
+                f"resume=true, and {str(linked[0])!r} is a symbolic link; put what it names in its place"
+            )
         if not self.recipe.is_file():
             raise RecipeError(
                 f"resume=true, and output={str(self.path)!r} holds no run to continue; remove resume=true to begin one"
@@ -91,10 +111,45 @@ class RunFolder:
         except OSError as error:
             raise RecipeError(f"output={str(self.path)!r} cannot be made: {error}; name another folder") from None
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep every other process from working on the run meanwhile. The lock goes with its process, however it ends.
+
+        Raises:
+            RecipeError: Another process is working on it.
+        """
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise RecipeError(
+                f"output={str(self.path)!r} is being worked on by another process; wait for it or stop it first"
+            ) from None
+        except OSError as error:
+            raise RecipeError(f"output={str(self.path)!r} cannot be written: {one_line(error)}") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
     def read_metrics(self) -> dict[str, Any]:
-        """The metrics so far."""
-        content: dict[str, Any] = json.loads(self.metrics.read_text(encoding="utf-8"))
-        return content
+        """The metrics so far.
+
+        Raises:
+            RecipeError: They cannot be read.
+        """
+        try:
+            content = json.loads(self.metrics.read_text(encoding="utf-8"))
+            if not (
+                isinstance(content["data"], dict) and content["status"] and isinstance(content.get("score", {}), dict)
+            ):
+                raise ValueError("data, score or status is not what a run writes")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise RecipeError(
+                f"{str(self.metrics)!r} is damaged ({type(error).__name__}: {one_line(error)}); bring it back, or "
+                "give output=FOLDER for a new run"
+            ) from None
+        return dict(content)
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """Replace the metrics."""
@@ -102,8 +157,9 @@ class RunFolder:
 
     def mark_complete(self, checkpoint: Path, progress: dict[str, Any]) -> None:
         """Declare a checkpoint complete, keeping `progress` beside it."""
-        sizes = {p.relative_to(checkpoint).as_posix(): p.stat().st_size for p in checkpoint.rglob("*") if p.is_file()}
-        write_text(checkpoint / COMPLETE, _json({"files": sizes, "progress": progress}))
+        files = [p for p in checkpoint.rglob("*") if p.is_file() and p.name != COMPLETE]
+        sums = {p.relative_to(checkpoint).as_posix(): sha256(p) for p in files}
+        write_text(checkpoint / COMPLETE, _json({"sha256": sums, "progress": progress}))
 
     def last_complete(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest complete checkpoint and its progress, or None."""
@@ -114,11 +170,21 @@ class RunFolder:
         return None
 
     def drop_incomplete(self) -> list[str]:
-        """Remove the checkpoints that a stopped process left half-written, and return their names."""
-        dropped = [checkpoint for checkpoint in self._by_step() if _progress_of(checkpoint) is None]
-        for checkpoint in dropped:
-            shutil.rmtree(checkpoint)
-        return [checkpoint.name for checkpoint in dropped]
+        """Remove what a stopped process left half-written, and return the names.
+
+        Raises:
+            RecipeError: It cannot be removed.
+        """
+        dropped = {checkpoint for checkpoint in self._by_step() if _progress_of(checkpoint) is None}
+        for kept in (self.adapter, self.adapter_lora, self.model):
+            dropped.update(self.path.glob(temporary_names(kept)))
+        dropped.update(self.checkpoints.glob(".checkpoint-*.part"))
+        try:
+            for folder in dropped:
+                shutil.rmtree(folder)
+        except OSError as error:
+            raise RecipeError(f"a half-written folder cannot be removed: {one_line(error)}") from None
+        return sorted(folder.name for folder in dropped)
 
     def keep_newest(self, num: int) -> None:
         """Remove all but the newest `num` checkpoints."""
@@ -133,29 +199,48 @@ class RunFolder:
 def find_run(path: Path) -> Recipe:
     """The recipe of the run that `path`, the run folder or an adapter or checkpoint in it, belongs to.
 
+    That a folder is there does not make the code trusted which its recipe would have run: whoever does trust it says
+    so again, with `model.trust_remote_code=true`.
+
     Raises:
         RecipeError: There is none.
     """
     for folder in (path, *path.absolute().parents[:2]):
         if (folder / "recipe.yaml").is_file():
-            return load_recipe(str(folder / "recipe.yaml"))
+            recipe = load_recipe(str(folder / "recipe.yaml"))
+            model = recipe.model.model_copy(update={"trust_remote_code": False})
+            return recipe.model_copy(update={"model": model})
     raise RecipeError(f"no recipe.yaml in or above {str(path)!r}; say on what to score it with --recipe RECIPE")
 
 
 def _progress_of(checkpoint: Path) -> dict[str, Any] | None:
+    """What a checkpoint recorded of its run; None for one that is not complete, or not as it was written."""
     try:
         record = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
-        whole = all((checkpoint / name).stat().st_size == size for name, size in record["files"].items())
-    except (OSError, ValueError, KeyError):
+        progress: dict[str, Any] = record["progress"]
+        # A link, or a name that climbs, leads out of the checkpoint: nothing that a run wrote.
+        whole = all(
+            (checkpoint / name).resolve() == checkpoint.resolve() / name and sha256(checkpoint / name) == digest
+            for name, digest in record["sha256"].items()
+        )
+        known = all(isinstance(progress[key], kind) for key, kind in _PROGRESS.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return record["progress"] if whole else None
+    return progress if whole and known else None
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file, at once."""
     temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # so that a power cut leaves the old text or the new one
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _json(content: Any) -> str:

@@ -13,9 +13,16 @@ from .stopping import Interrupted
 log = logging.getLogger("peft_tsd")
 
 
+class _LogFile(logging.FileHandler):
+    """A line that finds no room is left out: that the disk is full is said once, by whoever needs the room."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 @contextmanager
 def logging_to(path: Path) -> Iterator[None]:
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     names = ("peft_tsd", "transformers", "peft", "py.warnings")
     for name in names:

@@ -12,18 +12,20 @@ from types import FrameType
 
 
 class Interrupted(Exception):
-    """The user stopped a run; `folder` can be continued."""
+    """A run was stopped by a signal, SIGINT (Ctrl-C) or SIGTERM; `folder` can be continued."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, number: int = signal.SIGINT) -> None:
         super().__init__(folder)
         self.folder = folder
+        self.signal = int(number)
 
 
 class Stop:
     """Whether the user asked to stop."""
 
     def __init__(self, folder: Path) -> None:
-        self.requested = False
+        self.requested: int | None = None
+        """The signal that did."""
         self._folder = folder
 
     def check(self) -> None:
@@ -32,8 +34,8 @@ class Stop:
         Raises:
             Interrupted: The user asked to stop.
         """
-        if self.requested:
-            raise Interrupted(self._folder)
+        if self.requested is not None:
+            raise Interrupted(self._folder, self.requested)
 
 
 @contextmanager
@@ -51,9 +53,10 @@ def interruptible(folder: Path) -> Iterator[Stop]:
             signal.signal(number, handler)
 
     def ask(number: int, frame: FrameType | None) -> None:
-        stop.requested = True
+        stop.requested = number
         restore()
-        print("\nstopping at the next safe point; Ctrl-C once more stops at once", file=sys.stderr)
+        again = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        print(f"\nstopping at the next safe point; {again} once more stops at once", file=sys.stderr)
 
     for number in before:
         signal.signal(number, ask)

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -25,12 +26,16 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
+from .adapter_files import CONFIG, ORIGIN, WEIGHTS, check_adapter, check_fits, check_onto
+from .errors import one_line
 from .export import export_lora
 from .folders import write_folder
+from .full_disk import room_in
 from .loading import Source, check_target_modules, load_config, load_model, load_skeleton, load_tokenizer, locate
 from .machine import current_device, environment, peak_memory
 from .methods import AdaLoraCallback, adapter_config, is_adalora, without_weights
 from .model import PrelaunchWarning
+from .origin import Fingerprint, check_base, fingerprint, read_fingerprint, write_origin
 from .recipe import SUITES, TSD_METHODS, Recipe, RecipeError, did_you_mean
 from .run_folder import RunFolder, find_run
 from .run_log import file_only, log, logging_to
@@ -56,8 +61,9 @@ def train(recipe: Recipe) -> Result:
     """Do the run a recipe describes, or continue it.
 
     Raises:
-        RecipeError: The recipe cannot be carried out; nothing was written.
-        Interrupted: The user stopped the run; it can be continued.
+        RecipeError: The recipe cannot be carried out, and nothing was written; or the run can be continued once what
+            the message says was done.
+        Interrupted: The run was stopped; it can be continued.
     """
     with interruptible(Path(recipe.output)) as stop:
         job = _prepare(recipe)
@@ -82,21 +88,25 @@ def evaluate(
     run = RunFolder(folder)
     if run.model.is_dir():
         return _evaluate(change(recipe or find_run(folder)), run.model)
-    adapter = folder if (folder / "adapter_config.json").is_file() else run.adapter
-    if not (adapter / "adapter_config.json").is_file():
+    adapter = folder if (folder / CONFIG).is_file() else run.adapter
+    if not (adapter / CONFIG).is_file():
         found = "no finished adapter" if folder.is_dir() else "no such folder"
         raise RecipeError(f"{path!r}: {found}; give a run folder that has adapter/, or an adapter's folder")
     return _evaluate(change(recipe or find_run(folder)), adapter)
 
 
 def _evaluate(recipe: Recipe, trained: Path) -> dict[str, Any]:
-    whole = not (trained / "adapter_config.json").is_file()
+    whole = not (trained / CONFIG).is_file()
     base_name = recipe.model.name
+    config = None if whole else check_adapter(trained)
     if whole:
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": str(trained)})})
     job = _prepare(recipe, to_train=False)
+    if config is not None:
+        check_onto(trained, config, job.load_skeleton(), base_name)
     model = job.load_base()
     if not whole:
+        check_base(trained, fingerprint(model), base_name)
         try:
             model = PeftModel.from_pretrained(model, trained)
         except (ValueError, RuntimeError, OSError, SafetensorError) as error:
@@ -128,6 +138,8 @@ class _Job(NamedTuple):
     """None where the method has no adapter."""
     steps: int
     load_base: Callable[[], Any]
+    load_skeleton: Callable[[], Any]
+    """The base without its weights."""
 
     @property
     def is_suite(self) -> bool:
@@ -214,8 +226,11 @@ def _prepare(recipe: Recipe, *, to_train: bool = True) -> _Job:
         model.name_or_path = source.name
         return model
 
+    def skeleton() -> Any:
+        return load_skeleton(config, task.auto_class, trust_remote_code=recipe.model.trust_remote_code)
+
     made = adapter_config(recipe, task.peft_task_type, steps)
-    return _Job(recipe, task, material, rows, tokenizer, made, steps, load_base)
+    return _Job(recipe, task, material, rows, tokenizer, made, steps, load_base, skeleton)
 
 
 def _read(recipe: Recipe, *, to_train: bool) -> _Read:
@@ -269,10 +284,16 @@ def _run(job: _Job, stop: Stop) -> Result:
         if job.is_suite:
             score["tasks"] = {name: {"questions": len(rows)} for name, rows in job.material.tests.items()}
             score["left_out"] = job.material.left_out
-        metrics = {"status": "running", **facts, "score": score}
-        folder.create(recipe, metrics)
-    else:
-        metrics = folder.read_metrics()
+        folder.create(recipe, {"status": "running", **facts, "score": score})
+    with folder.locked(), room_in(folder):
+        return _continue(job, facts, folder, stop)
+
+
+def _continue(job: _Job, facts: dict[str, Any], folder: RunFolder, stop: Stop) -> Result:
+    """Do what is left of the run in `folder`: all of it, at first."""
+    recipe = job.recipe
+    metrics = folder.read_metrics()
+    if recipe.resume:
         if metrics["data"] != facts["data"]:
             raise RecipeError(
                 f"resume=true, and the data are not those the run in {str(folder.path)!r} was begun with: "
@@ -288,6 +309,16 @@ def _run(job: _Job, stop: Stop) -> Result:
         base = job.load_base()
         log.info("loaded %s in %.0f s", recipe.model.name, time.perf_counter() - started)
         stop.check()
+        made_of = fingerprint(base)
+        begun_with = read_fingerprint(metrics, folder.metrics)
+        if begun_with is None:
+            metrics["base"] = made_of._asdict()
+            folder.write_metrics(metrics)
+        elif not begun_with.agrees_with(made_of):
+            raise RecipeError(
+                f"resume=true, and model.name={recipe.model.name!r} has other weights than when the run in "
+                f"{str(folder.path)!r} was begun; bring them back, or give output=FOLDER for a new run"
+            )
 
         if isinstance(job.task, Classification):
             [tests] = job.material.tests.values()
@@ -297,13 +328,16 @@ def _run(job: _Job, stop: Stop) -> Result:
             _record_scores(metrics["score"], job, scores, "before")
             folder.write_metrics(metrics)
 
-        model, progress = _trained(job, base, folder, stop)
+        model, progress = _trained(job, base, made_of, folder, stop)
         stop.check()
         kept = folder.model if job.adapter_config is None else folder.adapter
         if recipe.method != "base" and not kept.exists():
             write_folder(kept, lambda path: _save(model, job.tokenizer, path))
         if recipe.method in TSD_METHODS and not folder.adapter_lora.exists():
             log.info("exported %s", export_lora(model, folder.adapter_lora))
+        for adapter in (folder.adapter, folder.adapter_lora):
+            if adapter.exists() and not (adapter / ORIGIN).exists():
+                write_origin(adapter, made_of)
 
         _record_scores(metrics["score"], job, job.scores(model, "scoring after training", stop.check), "after")
         trainable, total = _count(model, recipe)
@@ -335,7 +369,7 @@ def _record_scores(
     log.info("%s %s training: %.4f", job.task.metric, when, record[when])
 
 
-def _trained(job: _Job, base: Any, folder: RunFolder, stop: Stop) -> tuple[Any, dict[str, Any]]:
+def _trained(job: _Job, base: Any, made_of: Fingerprint, folder: RunFolder, stop: Stop) -> tuple[Any, dict[str, Any]]:
     """The model after its last step, and the progress that was recorded."""
     if job.recipe.method == "base":
         return base.to(current_device()), _begun()
@@ -343,11 +377,14 @@ def _trained(job: _Job, base: Any, folder: RunFolder, stop: Stop) -> tuple[Any, 
     if dropped:
         log.info("removed half-written %s", ", ".join(dropped))
     last = folder.last_complete()
+    if last is not None and job.adapter_config is not None:
+        check_adapter(last[0])
     if last is not None and last[1]["step"] >= job.steps:
         # Trainer, given a checkpoint of the last step, would take one more.
         if job.adapter_config is None:
             model = type(base).from_pretrained(last[0])
         else:
+            check_onto(last[0], job.adapter_config, job.load_skeleton(), job.recipe.model.name)
             model = PeftModel.from_pretrained(base, last[0], is_trainable=True)
         return model.to(current_device()), last[1]
 
@@ -357,7 +394,9 @@ def _trained(job: _Job, base: Any, folder: RunFolder, stop: Stop) -> tuple[Any, 
         base.gradient_checkpointing_enable()
     model = base.requires_grad_(True) if job.adapter_config is None else get_peft_model(base, job.adapter_config)
     schedule = TsdCallback() if recipe.uses_directions else None
-    record = _Record(folder, job.steps, stop, schedule, last[1] if last else None)
+    if last is not None and job.adapter_config is not None:
+        check_fits(last[0], model, "default")
+    record = _Record(folder, job.steps, made_of, stop, schedule, last[1] if last else None)
     trainer = Trainer(
         model=model,
         args=_training_arguments(recipe, job.steps, folder),
@@ -376,6 +415,15 @@ def _trained(job: _Job, base: Any, folder: RunFolder, stop: Stop) -> tuple[Any, 
             trainer.train(resume_from_checkpoint=str(last[0]) if last else None)
         except TransitionError as error:
             raise RecipeError(f"{error} Lower optimizer.learning_rate, or use model.dtype=float32.") from None
+        except (UnpicklingError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            if last is None or (record.took_steps and not isinstance(error, UnpicklingError)):
+                raise
+            raise RecipeError(
+                f"{str(last[0])!r} cannot be continued from: {one_line(error)}; remove it, and resume=true continues "
+                "from the checkpoint before it, or from the beginning"
+            ) from None
+        finally:
+            record.close()
     return model, record.progress
 
 
@@ -386,13 +434,16 @@ class _Record(TrainerCallback):
         self,
         folder: RunFolder,
         steps: int,
+        made_of: Fingerprint,
         stop: Stop,
         schedule: TsdCallback | None,
         before: dict[str, Any] | None,
     ) -> None:
         self._folder = folder
         self._steps = steps
+        self._made_of = made_of
         self._stop = stop
+        self.took_steps = False
         self._schedule = schedule
         self._transitions_before = before["transitions"] if before else []
         self.progress = before or _begun()
@@ -408,6 +459,7 @@ class _Record(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress["seconds"] += time.perf_counter() - self._started
         self.progress["steps_timed"] += 1
+        self.took_steps = True
         self.progress["step"] = state.global_step
         self._bar.update()
         if self._stop.requested:
@@ -420,7 +472,6 @@ class _Record(TrainerCallback):
         self._bar.set_postfix(loss=f"{loss:.3f}")
         file_only(f"step {state.global_step}: loss {loss:.4f}")
         if not math.isfinite(loss):
-            self._bar.close()
             raise RecipeError(
                 f"the loss is {loss} at step {state.global_step}: training diverged; lower optimizer.learning_rate, "
                 "or use model.dtype=float32"
@@ -430,11 +481,19 @@ class _Record(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._update()
-        self._folder.mark_complete(self._folder.checkpoints / f"checkpoint-{state.global_step}", self.progress)
+        checkpoint = self._folder.checkpoints / f"checkpoint-{state.global_step}"
+        if (checkpoint / WEIGHTS).is_file():
+            write_origin(checkpoint, self._made_of)
+        self._folder.mark_complete(checkpoint, self.progress)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._bar.close()
+        self.close()
         self._update()
+
+    def close(self) -> None:
+        """End the bar's line, so that what is said next has its own."""
+        if self._bar is not None:
+            self._bar.close()
 
     def _update(self) -> None:
         made = self._schedule.transitions if self._schedule else []

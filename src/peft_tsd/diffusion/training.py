@@ -22,6 +22,7 @@ from transformers.training_args import OptimizerNames
 
 from ..errors import RecipeError
 from ..folders import write_folder
+from ..full_disk import room_in
 from ..machine import current_device, environment, peak_memory
 from ..model import PrelaunchWarning
 from ..run_folder import RunFolder
@@ -177,7 +178,7 @@ def _run(job: _Job, stop: Stop) -> Result:
             )
         if metrics["status"] == "finished":
             return Result(folder, metrics, {}, None)
-    with logging_to(folder.log):
+    with folder.locked(), room_in(folder), logging_to(folder.log):
         log.info("%s %s", "continuing" if recipe.resume else "beginning", folder.path)
         _say_what_is_there(job)
         started = time.perf_counter()

@@ -18,9 +18,10 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
+from ..adapter_files import check_weights
 from ..config import REFUSED_FIELDS, TsdConfig
 from ..directions import LowRank
-from ..errors import one_line
+from ..errors import RecipeError, one_line
 from ..export import lora_scaling, stack_layer
 from ..loading import Source
 from ..spectrum import as_double
@@ -212,6 +213,10 @@ def open_adapter(
         pickled = fetch(source, "adapter_model.bin", name) is not None
         hint = " (adapter_model.bin is pickled and not read: load the adapter with PEFT and save it again)"
         raise ExploreError(f"{name} has no {ADAPTER}{hint if pickled else '; get the whole adapter'}")
+    try:
+        check_weights(file, config)
+    except RecipeError as error:
+        raise ExploreError(str(error)) from None
     files = SafetensorsFiles([file])
     grouped = {n for n, module in model.named_modules() if isinstance(module, nn.Conv2d) and module.groups > 1}
     low_rank = (

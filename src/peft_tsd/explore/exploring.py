@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..adapter_files import check_config
 from ..directions import change_norm, check_matrix
 from ..errors import one_line
 from ..loading import Source, load_config, locate
@@ -180,13 +179,9 @@ def _open_tuned(
     adapter = None if "gguf_file" in source.options else fetch(source, ADAPTER_CONFIG, name)
     if adapter is not None:
         try:
-            config = PeftConfig.from_pretrained(str(adapter.parent))
-        except (ValueError, TypeError, KeyError, OSError) as error:
-            raise ExploreError(f"{name}: {ADAPTER_CONFIG} cannot be used: {one_line(error)}") from None
-        if config.peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:
-            raise ExploreError(
-                f"{name}: {ADAPTER_CONFIG} names no peft_type that PEFT knows; got {config.peft_type!r}"
-            )
+            config = check_config(adapter.parent)
+        except RecipeError as error:
+            raise ExploreError(str(error)) from None
         changes = open_adapter(source, config, name, model, weights)
     else:
         tuned_config = _config(source, name)
