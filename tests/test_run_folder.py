@@ -33,7 +33,7 @@ def run(recipe: Path, *overrides: str) -> training.Result:
 @pytest.fixture
 def stopped(place, monkeypatch) -> Path:
     """The recipe in a run folder with one checkpoint, of step 5, stopped by SIGTERM."""
-    write = training._file_only
+    write = training.file_only
 
     def watched(message: str) -> None:
         write(message)
@@ -41,7 +41,7 @@ def stopped(place, monkeypatch) -> Path:
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_file_only", watched)
+        patch.setattr(training, "file_only", watched)
         with pytest.raises(training.Interrupted) as caught:
             run(text_models.write_recipe(place))
     assert caught.value.signal == signal.SIGTERM

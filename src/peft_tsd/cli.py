@@ -217,7 +217,7 @@ def _train_dreambooth(arguments: argparse.Namespace) -> int:
         result = command.run(arguments.recipe, arguments.overrides, _screen)
     except Interrupted as interrupted:
         _say_how_to_resume(interrupted.folder)
-        return INTERRUPTED
+        return 128 + interrupted.signal
     print(command.summary(result, _command(), _near))
     return DONE
 

@@ -140,9 +140,8 @@ class RunFolder:
         """
         try:
             content = json.loads(self.metrics.read_text(encoding="utf-8"))
-            if not (
-                isinstance(content["data"], dict) and content["status"] and isinstance(content.get("score", {}), dict)
-            ):
+            sections = isinstance(content["data"], dict) and isinstance(content.get("score", {}), dict)
+            if not (sections and content["status"]):
                 raise ValueError("data, score or status is not what a run writes")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise RecipeError(
