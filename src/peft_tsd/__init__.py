@@ -14,6 +14,7 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 
+from .adapter_files import check_adapter
 from .config import TsdConfig, TsdType
 from .dash.config import DashConfig
 from .dash.model import DashModel, register
@@ -41,6 +42,7 @@ __all__ = [
     "TsdConfig",
     "TsdModel",
     "advance",
+    "check_adapter",
     "export_lora",
     "identify_from_gradients",
 ]

@@ -258,7 +258,9 @@ def _check_pattern(key: str, pattern: str) -> None:
 
 def _check_ranks(config: PeftConfig, shapes: dict[str, tuple[int, ...]]) -> None:
     """Refuse ranks that the tensors do not have: layers would be built, in full, by what the configuration says."""
-    r, largest = getattr(config, "r", None), max(max(shape, default=0) for shape in shapes.values())
+    # A method with directions beside it holds its own configuration in one field.
+    r = getattr(getattr(config, "peft", config), "r", None)
+    largest = max(max(shape, default=0) for shape in shapes.values())
     if isinstance(r, int) and r > max(largest, _ORDINARY):
         raise ValueError(f"its configuration says r={r}, and no tensor is that large")
     if not isinstance(config, LoraConfig) or config.peft_type not in ("LORA", "TSD"):
