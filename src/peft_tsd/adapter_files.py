@@ -25,11 +25,10 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from .config import REFUSED_FIELDS, TsdConfig
+from .config import REFUSED_FIELDS, TsdConfig, without_weights
 from .errors import RecipeError, did_you_mean, one_line
 from .folders import sha256
 from .layer import create_layer
-from .methods import without_weights
 
 CONFIG, WEIGHTS, PICKLED, ORIGIN = (
     "adapter_config.json",

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, get_args
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 
 from .directions import Selection
 
@@ -331,3 +331,10 @@ def _check_positive_int(name: str, value: Any, meaning: str) -> None:
 def _check_positive_float(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a positive, finite number; got {value!r}.")
+
+
+def without_weights(config: PeftConfig) -> PeftConfig:
+    """`config`, changed where making the adapter would read the base weights, for a model that has none."""
+    if isinstance(config, LoraConfig) and config.init_lora_weights == "pissa":
+        config.init_lora_weights = True
+    return config

@@ -96,13 +96,6 @@ def _of_peft(method: str, fields: dict[str, Any], steps: int) -> PeftConfig:
     return OFTConfig(**fields, r=0, oft_block_size=OFT_BLOCK * r)
 
 
-def without_weights(config: PeftConfig) -> PeftConfig:
-    """`config`, changed where making the adapter would read the base weights, for a model that has none."""
-    if isinstance(config, LoraConfig) and config.init_lora_weights == "pissa":
-        config.init_lora_weights = True
-    return config
-
-
 def is_adalora(config: PeftConfig | None) -> bool:
     """Whether AdaLoRA is trained, with or without directions beside it."""
     return isinstance(config.peft if isinstance(config, DashConfig) else config, AdaLoraConfig)

@@ -27,13 +27,14 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from .adapter_files import CONFIG, ORIGIN, WEIGHTS, check_adapter, check_fits, check_onto
+from .config import without_weights
 from .errors import one_line
 from .export import export_lora
 from .folders import write_folder
 from .full_disk import room_in
 from .loading import Source, check_target_modules, load_config, load_model, load_skeleton, load_tokenizer, locate
 from .machine import current_device, environment, peak_memory
-from .methods import AdaLoraCallback, adapter_config, is_adalora, without_weights
+from .methods import AdaLoraCallback, adapter_config, is_adalora
 from .model import PrelaunchWarning
 from .origin import Fingerprint, check_base, fingerprint, read_fingerprint, write_origin
 from .recipe import SUITES, TSD_METHODS, Recipe, RecipeError, did_you_mean
