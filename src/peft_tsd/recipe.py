@@ -7,6 +7,8 @@ key is declared here; an unknown one, or a value of the wrong type, is refused. 
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -483,12 +485,16 @@ def choices_of(reference: str) -> dict[str, Choice]:
     return _read(find_recipe(reference))[1]
 
 
+# A comparison makes the recipes of all its runs from one file, and reading YAML is most of the work.
+_parsed = functools.lru_cache(maxsize=4)(lambda text, where: parse_yaml(text, where))
+
+
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Choice]]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{str(path)!r} cannot be read: {one_line(error)}") from None
-    content = parse_yaml(text, str(path))
+    content = copy.deepcopy(_parsed(text, str(path)))
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys; got {type(content).__name__}")
     return content, take_choices(content, str(path))

@@ -29,7 +29,7 @@ def check_recipe_model(recipe: Recipe) -> dict[str, int]:
     Raises:
         RecipeError: The package has no configuration of the model, or the adapter does not fit it.
     """
-    config = _config(recipe.model.name)
+    config = AutoConfig.for_model(**packaged_config(recipe.model.name)["config"])
     classifies = recipe.task.family in ("classify", "glue")
     auto_class = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
     for key, value in _head(recipe).items():
@@ -59,11 +59,18 @@ def _head(recipe: Recipe) -> dict[str, Any]:
     return {"num_labels": len(recipe.task.labels or ("", ""))} if recipe.task.family == "classify" else {}
 
 
-def _config(model: str) -> Any:
+def packaged_config(model: str, *, denoiser: bool = False) -> dict[str, Any]:
+    """The configuration of a recipe's model that comes with the package: of a language model, or of a denoiser.
+
+    Raises:
+        RecipeError: There is none.
+    """
     known = []
     for path in sorted((files("peft_tsd") / "recipes" / "configs").iterdir(), key=lambda path: path.name):
         content = json.loads(path.read_text(encoding="utf-8"))
+        if ("class" in content) != denoiser:
+            continue
         if content["model"] == model:
-            return AutoConfig.for_model(**content["config"])
+            return dict(content)
         known.append(content["model"])
     raise RecipeError(f"model.name={model!r}: the package has the configurations of {', '.join(known)} alone")

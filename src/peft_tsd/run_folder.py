@@ -118,19 +118,8 @@ class RunFolder:
         Raises:
             RecipeError: Another process is working on it.
         """
-        lock = FileLock(self.path / ".lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise RecipeError(
-                f"output={str(self.path)!r} is being worked on by another process; wait for it or stop it first"
-            ) from None
-        except OSError as error:
-            raise RecipeError(f"output={str(self.path)!r} cannot be written: {one_line(error)}") from None
-        try:
+        with locked(self.path, "output"):
             yield
-        finally:
-            lock.release()
 
     def read_metrics(self) -> dict[str, Any]:
         """The metrics so far.
@@ -193,6 +182,28 @@ class RunFolder:
     def _by_step(self) -> list[Path]:
         found = [p for p in self.checkpoints.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
         return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+
+
+@contextmanager
+def locked(folder: Path, given: str) -> Iterator[None]:
+    """Keep every other process from working in `folder` meanwhile; `given` is what the user gave it as.
+
+    Raises:
+        RecipeError: Another process is working in it.
+    """
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RecipeError(
+            f"{given}={str(folder)!r} is being worked on by another process; wait for it or stop it first"
+        ) from None
+    except OSError as error:
+        raise RecipeError(f"{given}={str(folder)!r} cannot be written: {one_line(error)}") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def find_run(path: Path) -> Recipe:

@@ -111,8 +111,7 @@ def _evaluate(recipe: Recipe, trained: Path) -> dict[str, Any]:
         try:
             model = PeftModel.from_pretrained(model, trained)
         except (ValueError, RuntimeError, OSError, SafetensorError) as error:
-            message = " ".join(str(error).split())[:400]
-            raise RecipeError(f"{str(trained)!r} does not load onto {base_name!r}: {message}") from None
+            raise RecipeError(f"{str(trained)!r} does not load onto {base_name!r}: {one_line(error)}") from None
     started = time.perf_counter()
     scores = job.scores(model.to(current_device()), "scoring")
     return {

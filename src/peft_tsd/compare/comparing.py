@@ -16,10 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import FileLock, Timeout
-
 from ..errors import RecipeError
-from ..run_folder import RunFolder, write_text
+from ..run_folder import RunFolder, locked, write_text
 from ..training import check
 from .page import check_installed, render
 from .plan import Cell, Plan
@@ -58,12 +56,8 @@ def compare(plan: Plan, out: Path, *, jobs: int = 1, command: str = "") -> Compa
         raise RecipeError(f"--jobs must be 1 or more; got {jobs}")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with FileLock(out / ".lock", timeout=0):
+        with locked(out, "--out"):
             return _compare(plan, out, jobs, command)
-    except Timeout:
-        raise RecipeError(
-            f"--out={str(out)!r} is being worked on by another process; wait for it, or give another"
-        ) from None
     except OSError as error:
         raise RecipeError(f"--out={str(out)!r} cannot be written: {error}; name another folder") from None
 

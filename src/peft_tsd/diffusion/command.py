@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import json
 import shlex
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from ..errors import RecipeError
 from ..loading import check_target_modules
 from ..methods import adapter_config
 from ..recipe import load_as
+from ..recipe_check import packaged_config
 from .compare import Comparison, compare_subjects
 from .recipe import SHORT, DreamBooth, load_recipe
 from .training import Result, train
@@ -183,13 +182,6 @@ def denoiser_skeleton(model: str) -> Any:
     Raises:
         RecipeError: There is none.
     """
-    known = []
-    for path in sorted((files("peft_tsd") / "recipes" / "configs").iterdir(), key=lambda path: path.name):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if "class" not in content:
-            continue
-        if content["model"] == model:
-            with torch.device("meta"):
-                return getattr(diffusers, content["class"]).from_config(content["config"])
-        known.append(content["model"])
-    raise RecipeError(f"model.name={model!r}: the package has the configurations of {', '.join(known)} alone")
+    content = packaged_config(model, denoiser=True)
+    with torch.device("meta"):
+        return getattr(diffusers, content["class"]).from_config(content["config"])
