@@ -280,6 +280,8 @@ class Training(Section):
     """Optimizer steps. Either this or `epochs`."""
     epochs: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=8, ge=1)
+    similar_lengths: bool = False
+    """Batches of rows of similar length: less padding, more rows a second."""
     gradient_accumulation: int = Field(default=1, ge=1)
     gradient_checkpointing: bool = False
     save_every: int = Field(default=100, ge=1)

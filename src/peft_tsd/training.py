@@ -27,6 +27,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from .adapter_files import CONFIG, ORIGIN, WEIGHTS, check_adapter, check_fits, check_onto
+from .batches import SimilarLengthsTrainer
 from .config import without_weights
 from .errors import one_line
 from .export import export_lora
@@ -397,7 +398,7 @@ def _trained(job: _Job, base: Any, made_of: Fingerprint, folder: RunFolder, stop
     if last is not None and job.adapter_config is not None:
         check_fits(last[0], model, "default")
     record = _Record(folder, job.steps, made_of, stop, schedule, last[1] if last else None)
-    trainer = Trainer(
+    trainer = (SimilarLengthsTrainer if recipe.training.similar_lengths else Trainer)(
         model=model,
         args=_training_arguments(recipe, job.steps, folder),
         train_dataset=job.rows,
