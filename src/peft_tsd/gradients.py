@@ -11,6 +11,7 @@ weight by a multiple of G.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -129,7 +130,7 @@ def _groups(layers: Mapping[str, DirectedLayer], memory: float) -> Iterator[dict
     group: dict[str, DirectedLayer] = {}
     taken = 0
     for name, layer in layers.items():
-        size = layer.weight_matrix().numel() * _dtype(layer).itemsize
+        size = math.prod(layer.matrix_shape) * _dtype(layer).itemsize
         if group and taken + size > memory:
             yield group
             group, taken = {}, 0
@@ -144,7 +145,7 @@ def _dtype(layer: DirectedLayer) -> torch.dtype:
 
 def _zeros(layer: DirectedLayer) -> Tensor:
     weight = layer.weight_matrix()
-    return torch.zeros(weight.shape, dtype=_dtype(layer), device=weight.device)
+    return torch.zeros(layer.matrix_shape, dtype=_dtype(layer), device=weight.device)
 
 
 @contextmanager

@@ -165,6 +165,12 @@ class DirectedLayer(_Mixin):
         weight: Tensor = base.weight
         return weight.T if isinstance(base, Conv1D) else weight.flatten(1)
 
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out, in) of the weight as a matrix."""
+        out_size, in_size = self.weight_matrix().shape
+        return out_size, in_size
+
     def like_base(self, matrix: Tensor) -> Tensor:
         """A matrix (out, in) in the shape and orientation of the base weight."""
         base = self.get_base_layer()
@@ -304,7 +310,7 @@ class TsdLayer(DirectedLayer, LoraLayer):
             self.lora_dash = nn.ModuleDict()
             self.lora_directions = nn.ModuleDict()
             self.tsd_config: dict[str, TsdConfig] = {}
-        out_size, in_size = self.weight_matrix().shape
+        out_size, in_size = self.matrix_shape
         if config.starts_from_directions and r > min(out_size, in_size):
             raise ValueError(
                 f"{kwargs.get('target_name') or type(self.get_base_layer()).__name__} has "

@@ -248,7 +248,7 @@ class TsdModel(DirectedModel, LoraModel):
 
 def _directions_of(layer: DirectedLayer, adapter: str) -> LayerDirections:
     fixed = layer.fixed(adapter)
-    out_size, in_size = layer.weight_matrix().shape
+    out_size, in_size = layer.matrix_shape
     dash = 0 if fixed.u is None else int(used_columns(fixed.u).sum())
     start = layer.r[adapter] if layer.restarted(adapter) else 0
     chosen = min(int(fixed.indices.ge(0).sum()), max(dash, start))

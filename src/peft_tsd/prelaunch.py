@@ -64,7 +64,7 @@ def checked_layers(layers: Mapping[str, DirectedLayer]) -> dict[str, DirectedLay
     names = list(layers)
     for count in range(min(CHECKED_LAYERS, len(names)), 1, -1):
         chosen = [names[i * (len(names) - 1) // (count - 1)] for i in range(count)]
-        if sum(8 * min(layers[name].weight_matrix().shape) ** 2 for name in chosen) <= HELD_BYTES:
+        if sum(8 * min(layers[name].matrix_shape) ** 2 for name in chosen) <= HELD_BYTES:
             return {name: layers[name] for name in chosen}
     return {names[0]: layers[names[0]]}
 

@@ -40,7 +40,7 @@ class DashLayer(DirectedLayer):
 
     def add_directions(self, adapter: str, config: DashConfig) -> None:
         """Give `adapter`, which the layer has, its scalars and directions: zeros, until they are identified."""
-        out_size, in_size = self.weight_matrix().shape
+        out_size, in_size = self.matrix_shape
         base = self.get_base_layer().weight
         n = config.direction_slots
         scalars = DashScalars(n)
