@@ -20,7 +20,10 @@ def batches(sampler):
 
 
 @given(
-    st.lists(st.integers(1, 50), min_size=1, max_size=300), st.integers(1, 9), st.integers(0, 2**32 - 1), st.integers(0, 9)
+    st.lists(st.integers(1, 50), min_size=1, max_size=300),
+    st.integers(1, 9),
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 9),
 )
 def test_every_row_once_in_batches_of_neighbours(lengths, size, seed, epoch):
     sampler = SimilarLengths(lengths, size, seed)

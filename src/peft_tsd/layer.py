@@ -21,7 +21,6 @@ from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
@@ -37,6 +36,7 @@ from .directions import (
     ranked,
     rates_on,
 )
+from .distributed import is_sharded, whole, write
 from .spectrum import Spectrum
 from .stacked import Factors, adapted_linear, add_product, autocasts
 
@@ -105,8 +105,8 @@ class FixedDirections(nn.Module):
 
     @property
     def identified(self) -> bool:
-        """Whether the directions have been chosen: pre-launch is over."""
-        return bool(self.indices[0] >= 0)
+        """Whether the directions have been chosen: pre-launch is over. Where it is sharded, every process must ask."""
+        return bool(whole(self.indices)[0] >= 0)
 
 
 def used_columns(u: Tensor) -> Tensor:
@@ -118,6 +118,7 @@ class Identified(NamedTuple):
     """Everything the transition writes into one layer, computed before anything is written."""
 
     chosen: TaskSpecificDirections
+    unit: Tensor | None
     start_a: Tensor | None
     start_b: Tensor | None
     chance: float = 0.0
@@ -126,7 +127,16 @@ class Identified(NamedTuple):
     def limited_to(self, num_dash: int) -> Identified:
         """The same with the first `num_dash` directions alone for the dash."""
         chosen = self.chosen
-        return self._replace(chosen=chosen._replace(u=chosen.u[:, :num_dash], v=chosen.v[:, :num_dash]))
+        return self._replace(
+            chosen=chosen._replace(u=chosen.u[:, :num_dash], v=chosen.v[:, :num_dash]),
+            unit=None if self.unit is None else self.unit[:num_dash],
+        )
+
+
+def _padded(value: Tensor, shape: torch.Size, fill: float = 0) -> Tensor:
+    padded = value.new_full(shape, fill)
+    padded[tuple(slice(size) for size in value.shape)] = value
+    return padded
 
 
 # A mixin without a base class can also be given to a layer that is there already (see `peft_tsd.dash`).
@@ -170,6 +180,12 @@ class DirectedLayer(_Mixin):
         """(out, in) of the weight as a matrix."""
         out_size, in_size = self.weight_matrix().shape
         return out_size, in_size
+
+    @property
+    def cost(self) -> float:
+        """What factorizing the weight costs, in the unit of one multiplication: `min(out, in)² · max(out, in)`."""
+        short, long = sorted(self.matrix_shape)
+        return short**2 * long
 
     def like_base(self, matrix: Tensor) -> Tensor:
         """A matrix (out, in) in the shape and orientation of the base weight."""
@@ -217,7 +233,11 @@ class DirectedLayer(_Mixin):
 
     @torch.no_grad()
     def identify(
-        self, adapter: str, change: Tensor | LowRank | None = None, spectrum: Spectrum | None = None
+        self,
+        adapter: str,
+        change: Tensor | LowRank | None = None,
+        spectrum: Spectrum | None = None,
+        weight: Tensor | None = None,
     ) -> Identified:
         """Find the task-specific directions of this layer; writes nothing.
 
@@ -225,13 +245,14 @@ class DirectedLayer(_Mixin):
             adapter: Name of the adapter.
             change: The change that tells them, (out, in) or its factors; what pre-launch has learned by default.
             spectrum: The factorization of the base weight, where it is there already.
+            weight: The base weight, (out, in), where the layer's own is sharded.
 
         Raises:
             ValueError: The change or the base weight holds NaN or Inf.
         """
         config = self.settings(adapter)
         fixed = self.fixed(adapter)
-        weight = self.weight_matrix()
+        weight = self.weight_matrix() if weight is None else weight
         change = self.learned_change(adapter) if change is None else change
         check_change(weight, change)
         spectrum = spectrum or Spectrum(weight)
@@ -245,14 +266,18 @@ class DirectedLayer(_Mixin):
         if config.direction_budget == "global":
             entry = change_norm(change) / weight.numel() ** 0.5
             chance = chance_rate(spectrum.sigma.cpu(), entry, config.num_directions, config.eps)
+        unit = None
+        if fixed.unit is not None:
+            mean_square = weight.float().square().sum() / min(weight.shape)  # of the singular values
+            by_layer = config.dash_unit == "layer"
+            unit = mean_square.sqrt().expand(len(fixed.unit)) if by_layer else chosen.sigma[: len(fixed.unit)]
         start_a, start_b = self._start(adapter, chosen)
         # Only the chosen few go on, and off an accelerator, until every layer is done and all can be written at once.
         num_dash = 0 if fixed.u is None else fixed.u.shape[1]
         chosen = chosen._replace(u=chosen.u[:, :num_dash].clone(), v=chosen.v[:, :num_dash].clone())
         return Identified(
             TaskSpecificDirections(*(x.cpu() for x in chosen)),
-            None if start_a is None else start_a.cpu(),
-            None if start_b is None else start_b.cpu(),
+            *(None if x is None else x.cpu() for x in (unit, start_a, start_b)),
             chance,
         )
 
@@ -265,32 +290,27 @@ class DirectedLayer(_Mixin):
         """Write what `identify` found: from here on the directions are part of the layer."""
         fixed = self.fixed(adapter)
         chosen = found.chosen
-        n = len(chosen.indices)  # fewer than asked for where the weight has fewer; the rest stay zeros
-        if fixed.u is not None and fixed.v is not None:
-            num_dash = chosen.u.shape[1]
-            fixed.u[:, :num_dash] = chosen.u.to(fixed.u)
-            fixed.v[:num_dash] = chosen.v.mT.to(fixed.v)
-            if fixed.unit is not None:
-                weight = self.weight_matrix().float()
-                mean_square = weight.square().sum() / min(weight.shape)  # of the singular values
-                by_layer = self.settings(adapter).dash_unit == "layer"
-                fixed.unit[:num_dash] = (mean_square.sqrt() if by_layer else chosen.sigma[:num_dash]).to(fixed.unit)
-        fixed.rates[:n] = chosen.rates.to(fixed.rates)
-        fixed.sigma[:n] = chosen.sigma.to(fixed.sigma)
+        # Fewer than asked for where the weight has fewer; the rest stays as it is.
+        pairs = [(fixed.u, chosen.u), (fixed.v, chosen.v.mT), (fixed.unit, found.unit)]
+        for parameter, value in (*pairs, (fixed.rates, chosen.rates), (fixed.sigma, chosen.sigma)):
+            if parameter is not None and value is not None:
+                write(parameter, _padded(value, parameter.shape))
         fixed.identified_at.copy_(fixed.step)
-        fixed.indices[:n] = chosen.indices.to(fixed.indices)
+        write(fixed.indices, _padded(chosen.indices, fixed.indices.shape, -1))
 
     def check_identifiable(self, adapter: str) -> None:
-        """Refuse a layer whose directions cannot be identified.
+        """Refuse a layer whose directions cannot be identified. The numbers of a sharded one are not looked at.
 
         Raises:
-            ValueError: Its weight is not whole in this process's memory, or holds NaN or Inf.
+            ValueError: Its weight is not in memory, or holds NaN or Inf.
         """
         weight = self.weight_matrix()
-        if weight.is_meta or isinstance(weight, DTensor):
-            where = "offloaded (on the meta device)" if weight.is_meta else "sharded over processes"
-            raise ValueError(f"its base weight is {where}; keep the weights of adapted layers whole in memory.")
-        check_matrix(weight, "the base weight")
+        if weight.is_meta:
+            raise ValueError(
+                "its base weight is offloaded (on the meta device); keep the weights of adapted layers in memory."
+            )
+        if not is_sharded(self):
+            check_matrix(weight, "the base weight")
 
 
 class TsdLayer(DirectedLayer, LoraLayer):
@@ -361,11 +381,14 @@ class TsdLayer(DirectedLayer, LoraLayer):
         return cast(DashScalars, self.lora_dash[adapter])
 
     def learned_change(self, adapter: str) -> LowRank:
-        """LoRA's own change (B, A, scaling), as matrices (out, r) and (r, in), detached; less what it started from."""
-        a, b = (factors[adapter].weight.detach().flatten(1) for factors in (self.lora_A, self.lora_B))
+        """LoRA's own change (B, A, scaling), as matrices (out, r) and (r, in), detached; less what it started from.
+
+        Where they are sharded, every process must ask.
+        """
+        a, b = (whole(factors[adapter].weight.detach()).flatten(1) for factors in (self.lora_A, self.lora_B))
         fixed = self.fixed(adapter)
         if self.tsd_config[adapter].subtracts_init and fixed.a0 is not None and fixed.b0 is not None:
-            a, b = torch.cat([a, -fixed.a0]), torch.cat([b, fixed.b0], 1)
+            a, b = torch.cat([a, -whole(fixed.a0)]), torch.cat([b, whole(fixed.b0)], 1)
         return b, a, self.scaling[adapter]
 
     def factors(self, adapter: str) -> Factors:
@@ -469,8 +492,8 @@ class TsdLayer(DirectedLayer, LoraLayer):
     def fill(self, adapter: str, found: Identified) -> None:
         if found.start_a is not None and found.start_b is not None:
             a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-            a.copy_(found.start_a.view_as(a))
-            b.copy_(found.start_b.view_as(b))
+            write(a, found.start_a.view(a.shape))
+            write(b, found.start_b.view(b.shape))
             if self.lora_bias[adapter]:
                 self.lora_B[adapter].bias.zero_()
             self._fix_start(adapter)
@@ -485,9 +508,10 @@ class TsdLayer(DirectedLayer, LoraLayer):
             fixed.b0.copy_(self.lora_B[adapter].weight.flatten(1))
 
     def check_identifiable(self, adapter: str) -> None:
-        b, a, _ = self.learned_change(adapter)
-        for name, matrix in (("LoRA's B", b), ("LoRA's A", a)):
-            check_matrix(matrix, name)
+        if not is_sharded(self):
+            b, a, _ = self.learned_change(adapter)
+            for name, matrix in (("LoRA's B", b), ("LoRA's A", a)):
+                check_matrix(matrix, name)
         super().check_identifiable(adapter)
 
 

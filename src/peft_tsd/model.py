@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 
 from .config import DirectionSettings, TsdConfig
+from .distributed import is_sharded, whole
 from .layer import DirectedLayer, TsdLayer, create_layer, used_columns
 
 Phase = Literal["pre-launch", "dash"]
@@ -98,7 +99,7 @@ def config_of(layers: Mapping[str, DirectedLayer], adapter: str) -> DirectionSet
 
 def steps_taken(layers: Mapping[str, DirectedLayer], adapter: str) -> int:
     """Optimizer steps the adapter has taken, as its layers recorded them."""
-    return int(_any(layers).fixed(adapter).step)
+    return int(whole(_any(layers).fixed(adapter).step))
 
 
 def phase_of(layers: Mapping[str, DirectedLayer], adapter: str) -> Phase:
@@ -150,6 +151,13 @@ def warn_in_prelaunch(
     )
 
 
+def warn_as_saved(config: DirectionSettings, layers: Mapping[str, DirectedLayer], adapter: str) -> None:
+    """`warn_in_prelaunch`, of an adapter that is being saved."""
+    # One process saves a sharded model, and cannot ask for its phase without the others.
+    if not any(is_sharded(layer) for layer in layers.values()):
+        warn_in_prelaunch(config, layers, adapter, "is saved")
+
+
 class DirectedModel:
     """What a tuner with directions tells of them, mixed in before PEFT's own."""
 
@@ -184,7 +192,7 @@ class DirectedModel:
                 f"{prelaunch_length(self.peft_config[adapter])} pre-launch steps."
             )
         found = {name: _directions_of(layer, adapter) for name, layer in layers.items()}
-        return Directions(found, int(_any(layers).fixed(adapter).identified_at))
+        return Directions(found, int(whole(_any(layers).fixed(adapter).identified_at)))
 
     def _layers_of(self, adapter_name: str | None) -> tuple[dict[str, DirectedLayer], str]:
         adapter = self.active_adapters[0] if adapter_name is None else adapter_name
@@ -227,7 +235,7 @@ class TsdModel(DirectedModel, LoraModel):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: TsdConfig, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
-        warn_in_prelaunch(config, adapted_layers(model, adapter_name), adapter_name, "is saved")
+        warn_as_saved(config, adapted_layers(model, adapter_name), adapter_name)
         state: dict[str, Tensor] = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         return state
 
@@ -249,23 +257,23 @@ class TsdModel(DirectedModel, LoraModel):
 def _directions_of(layer: DirectedLayer, adapter: str) -> LayerDirections:
     fixed = layer.fixed(adapter)
     out_size, in_size = layer.matrix_shape
-    dash = 0 if fixed.u is None else int(used_columns(fixed.u).sum())
+    dash = 0 if fixed.u is None else int(used_columns(whole(fixed.u)).sum())
     start = layer.r[adapter] if layer.restarted(adapter) else 0
-    chosen = min(int(fixed.indices.ge(0).sum()), max(dash, start))
+    chosen = min(int(whole(fixed.indices).ge(0).sum()), max(dash, start))
 
     def read(tensor: Tensor) -> Tensor:
-        return tensor.detach().to("cpu", copy=True)
+        return whole(tensor.detach()).to("cpu", copy=True)
 
     if fixed.u is None or fixed.v is None:
         delta_sigma, u, v = torch.empty(0), torch.empty(out_size, 0), torch.empty(in_size, 0)
     else:
-        delta_sigma = read(layer.delta_sigma(adapter)[:dash])
-        u, v = read(fixed.u[:, :dash]), read(fixed.v[:dash].mT)
+        delta_sigma = read(layer.delta_sigma(adapter))[:dash]
+        u, v = read(fixed.u)[:, :dash], read(fixed.v)[:dash].mT
 
     return LayerDirections(
-        indices=read(fixed.indices[:chosen]),
-        rates=read(fixed.rates[:chosen]),
-        sigma=read(fixed.sigma[:chosen]),
+        indices=read(fixed.indices)[:chosen],
+        rates=read(fixed.rates)[:chosen],
+        sigma=read(fixed.sigma)[:chosen],
         rank_bound=min(out_size, in_size),
         delta_sigma=delta_sigma,
         u=u,

@@ -6,8 +6,9 @@ and the frozen weights, which every process holds alike, and the sets of the las
 adapter: all processes, and a resumed run, decide the same.
 
 A check is two skinny products a layer, `Vᵀ Wᵀ B` and `A V`, once the layer's weight has been factorized. That is done
-at the first check, kept until the transition and used there again. On a large model it cannot be kept for every layer,
-so that checks look at `CHECKED_LAYERS` layers, evenly spread over the model, or at fewer where these hold too much.
+at the first check, kept until the transition and used there again, in the process that made it. On a large model it
+cannot be kept for every layer, so that checks look at `CHECKED_LAYERS` layers, evenly spread over the model, or at fewer
+where these hold too much.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
+from torch import Tensor
 
 from .config import DirectionSettings
-from .directions import highest_first, rates_on
+from .directions import LowRank, check_change, highest_first, rates_on
+from .distributed import gathered, is_sharded, share_out, whole, write
 from .errors import in_layer
 from .layer import DirectedLayer
 from .model import config_of, steps_taken
@@ -35,6 +38,7 @@ HELD_BYTES = 2**30
 log = logging.getLogger(__name__)
 
 _held: WeakKeyDictionary[DirectedLayer, Spectrum] = WeakKeyDictionary()
+_seen: WeakSet[DirectedLayer] = WeakSet()
 
 
 def prelaunch_is_over(layers: Mapping[str, DirectedLayer], adapter: str) -> bool:
@@ -55,7 +59,7 @@ def checks_made(layers: Mapping[str, DirectedLayer], adapter: str) -> list[dict[
     """What the checks of an automatic pre-launch saw: each one's `step`, and its `agreement` with the one before."""
     recorded = next(iter(layers.values())).fixed(adapter).agreement
     steps = config_of(layers, adapter).check_steps
-    found = [] if recorded is None else recorded.tolist()
+    found = [] if recorded is None else whole(recorded).tolist()
     return [{"step": step, "agreement": value} for step, value in zip(steps, found) if value >= 0]
 
 
@@ -64,42 +68,75 @@ def checked_layers(layers: Mapping[str, DirectedLayer]) -> dict[str, DirectedLay
     names = list(layers)
     for count in range(min(CHECKED_LAYERS, len(names)), 1, -1):
         chosen = [names[i * (len(names) - 1) // (count - 1)] for i in range(count)]
-        if sum(8 * min(layers[name].matrix_shape) ** 2 for name in chosen) <= HELD_BYTES:
+        if sum(_held_bytes(layers[name]) for name in chosen) <= HELD_BYTES:
             return {name: layers[name] for name in chosen}
     return {names[0]: layers[names[0]]}
 
 
+def _held_bytes(layer: DirectedLayer) -> int:
+    weight = layer.weight_matrix()
+    together = weight.numel() * weight.dtype.itemsize if is_sharded(layer) else 0
+    return 8 * min(layer.matrix_shape) ** 2 + together
+
+
 def held_spectrum(layer: DirectedLayer) -> Spectrum | None:
-    """The factorization of a layer's weight, where a check has made it; it is held no longer."""
+    """The factorization of a layer's weight, where a check of this process has made it; it is held no longer."""
     return _held.pop(layer, None)
+
+
+def release(layers: Mapping[str, DirectedLayer]) -> None:
+    """Hold no factorization any longer."""
+    for layer in layers.values():
+        _held.pop(layer, None)
+        _seen.discard(layer)
 
 
 @torch.no_grad()
 def _check(layers: Mapping[str, DirectedLayer], adapter: str, config: DirectionSettings, step: int) -> float:
     """The part of the directions that the check before had found too; 0 for the first check."""
     start = time.perf_counter()
-    found = {}
     checked = checked_layers(layers)
     for name, layer in checked.items():
         in_layer(name, layer.check_identifiable, adapter)
-        if layer not in _held:
-            _held[layer] = Spectrum(layer.weight_matrix())
-        rates = rates_on(_held[layer], layer.learned_change(adapter), config.eps)
-        fixed = layer.fixed(adapter)
-        num = len(fixed.indices) if fixed.u is None else config.num_directions  # LoRA-Init's r, or the dash's
-        found[name] = highest_first(rates)[:num].cpu()
+
+    def read(name: str, owner: int) -> tuple[Tensor | None, Tensor | LowRank]:
+        layer = checked[name]
+        # Processes take the same layers at every check, so that those that do not hold this one need not read it either.
+        weight = None if layer in _seen else in_layer(name, lambda _: gathered(layer.weight_matrix(), owner), adapter)
+        return weight, in_layer(name, layer.learned_change, adapter)
+
+    def work(name: str, given: tuple[Tensor | None, Tensor | LowRank]) -> Tensor:
+        weight, change = given
+        return in_layer(name, lambda _: _first_directions(checked[name], adapter, weight, change), adapter)
+
+    found = share_out(checked, read, work, {name: layer.cost for name, layer in checked.items()})
+    _seen.update(checked.values())
     parts = []
     for name, indices in found.items():
         candidates = checked[name].fixed(adapter).candidates
         assert candidates is not None
-        parts.append(float(torch.isin(indices, candidates.cpu()).double().mean()))
-        candidates[: len(indices)] = indices.to(candidates)
+        before = whole(candidates).cpu()
+        parts.append(float(torch.isin(indices, before).double().mean()))
+        write(candidates, torch.cat([indices, before[len(indices) :]]))
     agreement = sum(parts) / len(parts)
     number = config.check_steps.index(step)
     for layer in layers.values():
         recorded = layer.fixed(adapter).agreement
         assert recorded is not None
-        recorded[number] = agreement if number else -1
+        values = whole(recorded).clone()
+        values[number] = agreement if number else -1
+        write(recorded, values)
     seen = f"{agreement:.3f} of the directions were there at the last check" if number else "first check"
     log.info("pre-launch, step %d, %d layers: %s; %.2f s", step, len(found), seen, time.perf_counter() - start)
     return agreement
+
+
+def _first_directions(layer: DirectedLayer, adapter: str, weight: Tensor | None, change: Tensor | LowRank) -> Tensor:
+    """The positions in the spectrum that identification would take now, highest change rate first."""
+    if layer not in _held:
+        assert weight is not None
+        check_change(weight, change)
+        _held[layer] = Spectrum(weight)
+    config, fixed = layer.settings(adapter), layer.fixed(adapter)
+    num = len(fixed.indices) if fixed.u is None else config.num_directions  # LoRA-Init's r, or the dash's
+    return highest_first(rates_on(_held[layer], change, config.eps))[:num].cpu()

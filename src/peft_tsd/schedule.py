@@ -23,12 +23,14 @@ from transformers.trainer_callback import TrainerCallback
 
 from .budget import over_chance, spread
 from .config import DirectionSettings
+from .directions import LowRank
+from .distributed import gathered, is_main_process, share_out
 from .errors import TransitionError as TransitionError
 from .errors import in_layer
 from .gradients import Loss, loss_of_output, random_states_kept, weight_gradients
 from .layer import DirectedLayer, Identified
 from .model import adapted_layers, config_of, phase_of, steps_taken, warn_in_prelaunch
-from .prelaunch import checks_made, held_spectrum, prelaunch_is_over
+from .prelaunch import checks_made, held_spectrum, prelaunch_is_over, release
 
 log = logging.getLogger(__name__)
 
@@ -144,10 +146,8 @@ def _from_gradients(
     """The directions of every layer from the gradient of its frozen weight."""
     found = {}
     for group in weight_gradients(model, layers, batches, loss, memory):
-        while group:
-            name, gradient = group.popitem()
-            found[name] = in_layer(name, partial(layers[name].identify, change=gradient), adapter)
-    return found
+        found |= _identified({name: layers[name] for name in group}, adapter, group.pop)
+    return {name: found[name] for name in layers}
 
 
 def trained_adapters(model: nn.Module) -> list[str]:
@@ -172,10 +172,29 @@ def trained_adapters(model: nn.Module) -> list[str]:
 
 def _from_lora(layers: Mapping[str, DirectedLayer], adapter: str) -> dict[str, Identified]:
     """The directions of every layer from what its LoRA has learned."""
-    bar = tqdm(layers.items(), desc="Identifying directions", unit="layer", disable=not is_main_process())
-    return {
-        name: in_layer(name, partial(layer.identify, spectrum=held_spectrum(layer)), adapter) for name, layer in bar
-    }
+    with tqdm(total=len(layers), desc="Identifying directions", unit="layer", disable=not is_main_process()) as bar:
+        return _identified(layers, adapter, lambda name: layers[name].learned_change(adapter), bar.update)
+
+
+def _identified(
+    layers: Mapping[str, DirectedLayer],
+    adapter: str,
+    change_of: Callable[[str], Tensor | LowRank],
+    on_turn: Callable[[int], object] = lambda done: None,
+) -> dict[str, Identified]:
+    """The directions of every layer, each found by one process and known to all."""
+
+    def read(name: str, owner: int) -> tuple[Tensor | None, Tensor | LowRank]:
+        return in_layer(name, lambda _: (gathered(layers[name].weight_matrix(), owner), change_of(name)), adapter)
+
+    def work(name: str, given: tuple[Tensor | None, Tensor | LowRank]) -> Identified:
+        weight, change = given
+        layer = layers[name]
+        return in_layer(
+            name, partial(layer.identify, change=change, spectrum=held_spectrum(layer), weight=weight), adapter
+        )
+
+    return share_out(layers, read, work, {name: layer.cost for name, layer in layers.items()}, on_turn)
 
 
 def transition(
@@ -200,7 +219,10 @@ def transition(
     owners = [] if optimizer is None else _owners(restarted, optimizer)
     for name, layer in layers.items():
         in_layer(name, layer.check_identifiable, adapter)
-    found = identify(layers, adapter)
+    try:
+        found = identify(layers, adapter)
+    finally:
+        release(layers)
     if config.direction_budget == "global":
         slots = config.direction_slots
         scores = {name: over_chance(one.chosen.rates[:slots], one.chance) for name, one in found.items()}
@@ -367,8 +389,3 @@ def _forget(optimizer: Optimizer, parameter: Tensor) -> None:
         state["sum"].fill_(optimizer.defaults["initial_accumulator_value"])
     else:
         optimizer.state.pop(parameter, None)
-
-
-def is_main_process() -> bool:
-    """Whether this process is the one that writes and reports: rank 0, or the only one."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from ..layer import unsupported
-from ..model import DirectedModel, adapted_layers, warn_in_prelaunch
+from ..model import DirectedModel, adapted_layers, warn_as_saved
 from .config import DashConfig, DashType
 from .layer import DashLayer, own_names, with_directions
 
@@ -93,7 +93,7 @@ class DashModel(DirectedModel, BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        warn_in_prelaunch(config, adapted_layers(model, adapter_name), adapter_name, "is saved")
+        warn_as_saved(config, adapted_layers(model, adapter_name), adapter_name)
         state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # Some methods save what is on a list of their own.
         own = tuple(f".{name}.{adapter_name}." for name in own_names(cls.own_prefix))

@@ -20,8 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import TrainerCallback
 
 from ..directions import LowRank, check_matrix, rates_on
+from ..distributed import is_main_process
 from ..layer import TsdLayer
-from ..schedule import is_main_process
 from ..spectrum import Spectrum, as_double
 from .measure import check_settings
 from .trajectory import INDEX, read_index, same_norm, step_files, step_name, write_index

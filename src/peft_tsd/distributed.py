@@ -1,0 +1,160 @@
+"""Training in several processes: who factorizes which weight, and parameters that are sharded over the processes.
+
+At the transition each weight is factorized by one process, and what it found is sent to all, so that all hold the same
+bits. Layers are taken in turns of one for each process, those of the same cost together: a weight that is sharded
+(FSDP2) is put together in the one process that factorizes it, and no process holds more than one at a time. A process
+that fails sends its error in place of a result, and all end with it.
+
+Sharded parameters are `DTensor`s. Reading one takes all processes, so that everything here that says so must be called
+in each of them, at the same time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from .errors import TransitionError, one_line
+
+Found = TypeVar("Found")
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+def world() -> tuple[int, int]:
+    """This process's rank, and how many processes there are; (0, 1) outside of distributed training."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes and reports: rank 0, or the only one."""
+    return world()[0] == 0
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether any parameter of `module` is sharded."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """`tensor`, put together in every process where it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def write(parameter: Tensor, value: Tensor) -> None:
+    """Copy `value`, which every process has, into `parameter`, or into this process's shard of it."""
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(value)
+        return
+    mesh = parameter.device_mesh
+    value = value.to(parameter.to_local()).expand(parameter.shape)
+    everywhere = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    parameter.to_local().copy_(everywhere.redistribute(mesh, parameter.placements).to_local())
+
+
+def gathered(matrix: Tensor, owner: int) -> Tensor | None:
+    """`matrix` put together in the process `owner`; None in the others. Every process must call it where it is sharded.
+
+    Raises:
+        ValueError: It is sharded in another way than by FSDP.
+    """
+    rank, _ = world()
+    if not isinstance(matrix, DTensor):
+        return matrix if rank == owner else None
+    split = [(axis, placement) for axis, placement in enumerate(matrix.placements) if placement != Replicate()]
+    if len(split) != 1 or type(split[0][1]) is not Shard:
+        raise ValueError(
+            f"its base weight is laid out over processes as {matrix.placements}; what can be put together is one "
+            "sharded dimension, as FSDP2 makes it. Train without tensor parallelism."
+        )
+    ((axis, placement),) = split
+    group = matrix.device_mesh.get_group(axis)
+    members = dist.get_process_group_ranks(group)
+    if owner not in members:  # of another replica, which puts its own shards together
+        return None
+    # The first dimension is the sharded one here, in equal parts but for the last, which are padded.
+    size = matrix.shape[placement.dim]
+    rows = -(-size // len(members))
+    part = matrix.to_local().movedim(placement.dim, 0)
+    part = F.pad(part, (0, 0, 0, rows - len(part))).contiguous()
+    if rank != owner:
+        dist.gather(part, dst=owner, group=group)
+        return None
+    together = part.new_empty(rows * len(members), part.shape[1])
+    dist.gather(part, list(together.split(rows)), dst=owner, group=group)
+    return together[:size].movedim(0, placement.dim)
+
+
+def turns(costs: Mapping[str, float]) -> Iterator[dict[int, str]]:
+    """Who takes which layer, in turns of at most one layer a process: the costliest first, so that a turn's are alike.
+
+    Args:
+        costs: Of each layer, by name.
+
+    Yields:
+        Layers by the rank of the process that takes them.
+    """
+    _, size = world()
+    names = sorted(costs, key=lambda name: -costs[name])
+    for start in range(0, len(names), size):
+        yield dict(enumerate(names[start : start + size]))
+
+
+def share_out(
+    layers: Mapping[str, Layer],
+    read: Callable[[str, int], Any],
+    work: Callable[[str, Any], Found],
+    costs: Mapping[str, float],
+    on_turn: Callable[[int], object] = lambda done: None,
+) -> dict[str, Found]:
+    """What `work` gives for every layer, done by one process each and known to all.
+
+    Args:
+        layers: By name; the same in every process.
+        read: Reads what the work on a layer needs, given its name and the rank of the process that will work on it.
+            It is called in that process alone, or in every one where the layer is sharded.
+        work: Given a layer's name and what was read.
+        costs: Of each layer, in any unit.
+        on_turn: Called with the number of layers that were done.
+
+    Raises:
+        TransitionError: In every process, where any fails.
+    """
+    rank, size = world()
+    found: dict[str, Found] = {}
+    for turn in turns(costs):
+        mine: Any = None
+        for owner, name in turn.items():
+            if is_sharded(layers[name]):
+                given = read(name, owner)
+                mine = given if owner == rank else mine
+                del given
+        result: list[Any] = [None, None]
+        if rank in turn:
+            name = turn[rank]
+            try:
+                result[0] = work(name, mine if is_sharded(layers[name]) else read(name, rank))
+            except Exception as error:
+                if size == 1:
+                    raise
+                result[1] = (
+                    str(error) if isinstance(error, TransitionError) else f"{type(error).__name__}: {one_line(error)}"
+                )
+        del mine
+        for owner, name in turn.items():
+            sent = result if owner == rank else [None, None]
+            if size > 1:
+                dist.broadcast_object_list(sent, src=owner)
+            if sent[1] is not None:
+                raise TransitionError(f"Process {owner} failed in layer {name!r}: {sent[1]}")
+            found[name] = sent[0]
+        on_turn(len(turn))
+    return {name: found[name] for name in layers}
