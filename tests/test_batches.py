@@ -29,7 +29,8 @@ def test_every_row_once_in_batches_of_neighbours(lengths, size, seed, epoch):
     sampler = SimilarLengths(lengths, size, seed)
     sampler.set_epoch(epoch)
     order = list(sampler)
-    assert sorted(order) == list(range(len(lengths))) and len(sampler) == len(order)
+    assert sorted(order) == list(range(len(lengths)))
+    assert len(sampler) == len(order)
     assert order == list(sampler)
     if len(lengths) <= POOL * size:
         # One pool: no two batches overlap in length by more than their ends.

@@ -16,10 +16,10 @@ POOL = 50
 class SimilarLengths(Sampler[int]):
     """The order of `lengths.__len__()` rows in which every `batch_size` successive ones are of similar length.
 
-    Rows are shuffled, sorted by length in pools of 50 batches, cut into batches, and the batches are shuffled. The order
-    follows from the seed and the epoch alone, so that a run that continues sees what it would have seen. (Transformers'
-    `group_by_length` draws from the global random state, and gives a pool's batches from the longest to the shortest,
-    which in a mixture is task by task.)
+    Rows are shuffled, sorted by length in pools of 50 batches, cut into batches, and the batches are shuffled. The
+    order follows from the seed and the epoch alone, so that a run that continues sees what it would have seen.
+    (Transformers' `group_by_length` draws from the global random state, and gives a pool's batches from the longest to
+    the shortest, which in a mixture is task by task.)
 
     Args:
         lengths: Of the rows, in tokens.

@@ -61,7 +61,7 @@ def write(parameter: Tensor, value: Tensor) -> None:
 
 
 def gathered(matrix: Tensor, owner: int) -> Tensor | None:
-    """`matrix` put together in the process `owner`; None in the others. Every process must call it where it is sharded.
+    """`matrix` put together in the process `owner`; None in the others. Where it is sharded, every process must ask.
 
     Raises:
         ValueError: It is sharded in another way than by FSDP.
@@ -70,27 +70,26 @@ def gathered(matrix: Tensor, owner: int) -> Tensor | None:
     if not isinstance(matrix, DTensor):
         return matrix if rank == owner else None
     split = [(axis, placement) for axis, placement in enumerate(matrix.placements) if placement != Replicate()]
-    if len(split) != 1 or type(split[0][1]) is not Shard:
+    axis, placement = split[0] if len(split) == 1 else (0, None)
+    if type(placement) is not Shard:
         raise ValueError(
             f"its base weight is laid out over processes as {matrix.placements}; what can be put together is one "
             "sharded dimension, as FSDP2 makes it. Train without tensor parallelism."
         )
-    ((axis, placement),) = split
     group = matrix.device_mesh.get_group(axis)
     members = dist.get_process_group_ranks(group)
     if owner not in members:  # of another replica, which puts its own shards together
         return None
-    # The first dimension is the sharded one here, in equal parts but for the last, which are padded.
-    size = matrix.shape[placement.dim]
-    rows = -(-size // len(members))
+    # The sharded dimension first: equal parts but for the last ones, which are padded.
+    rows = -(-matrix.shape[placement.dim] // len(members))
     part = matrix.to_local().movedim(placement.dim, 0)
     part = F.pad(part, (0, 0, 0, rows - len(part))).contiguous()
     if rank != owner:
         dist.gather(part, dst=owner, group=group)
         return None
     together = part.new_empty(rows * len(members), part.shape[1])
-    dist.gather(part, list(together.split(rows)), dst=owner, group=group)
-    return together[:size].movedim(0, placement.dim)
+    dist.gather(part, list(together.chunk(len(members))), dst=owner, group=group)
+    return together[: matrix.shape[placement.dim]].movedim(0, placement.dim)
 
 
 def turns(costs: Mapping[str, float]) -> Iterator[dict[int, str]]:
@@ -137,7 +136,7 @@ def share_out(
                 given = read(name, owner)
                 mine = given if owner == rank else mine
                 del given
-        result: list[Any] = [None, None]
+        result: list[Any] = [None, None]  # what was found, or an error
         if rank in turn:
             name = turn[rank]
             try:
@@ -145,12 +144,11 @@ def share_out(
             except Exception as error:
                 if size == 1:
                     raise
-                result[1] = (
-                    str(error) if isinstance(error, TransitionError) else f"{type(error).__name__}: {one_line(error)}"
-                )
+                known = isinstance(error, TransitionError)
+                result[1] = str(error) if known else f"{type(error).__name__}: {one_line(error)}"
         del mine
         for owner, name in turn.items():
-            sent = result if owner == rank else [None, None]
+            sent: list[Any] = result if owner == rank else [None, None]
             if size > 1:
                 dist.broadcast_object_list(sent, src=owner)
             if sent[1] is not None:

@@ -275,11 +275,8 @@ class DirectedLayer(_Mixin):
         # Only the chosen few go on, and off an accelerator, until every layer is done and all can be written at once.
         num_dash = 0 if fixed.u is None else fixed.u.shape[1]
         chosen = chosen._replace(u=chosen.u[:, :num_dash].clone(), v=chosen.v[:, :num_dash].clone())
-        return Identified(
-            TaskSpecificDirections(*(x.cpu() for x in chosen)),
-            *(None if x is None else x.cpu() for x in (unit, start_a, start_b)),
-            chance,
-        )
+        unit, start_a, start_b = (None if x is None else x.cpu() for x in (unit, start_a, start_b))
+        return Identified(TaskSpecificDirections(*(x.cpu() for x in chosen)), unit, start_a, start_b, chance)
 
     def _start(self, adapter: str, chosen: TaskSpecificDirections) -> tuple[Tensor | None, Tensor | None]:
         """The factors that a method restarts from, if it does."""

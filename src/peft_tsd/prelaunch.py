@@ -7,8 +7,8 @@ adapter: all processes, and a resumed run, decide the same.
 
 A check is two skinny products a layer, `Vᵀ Wᵀ B` and `A V`, once the layer's weight has been factorized. That is done
 at the first check, kept until the transition and used there again, in the process that made it. On a large model it
-cannot be kept for every layer, so that checks look at `CHECKED_LAYERS` layers, evenly spread over the model, or at fewer
-where these hold too much.
+cannot be kept for every layer, so that checks look at `CHECKED_LAYERS` layers, evenly spread over the model, or at
+fewer where these hold too much.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _check(layers: Mapping[str, DirectedLayer], adapter: str, config: DirectionS
 
     def read(name: str, owner: int) -> tuple[Tensor | None, Tensor | LowRank]:
         layer = checked[name]
-        # Processes take the same layers at every check, so that those that do not hold this one need not read it either.
+        # A process takes the same layers at every check: where it has seen this one before, it holds what it needs.
         weight = None if layer in _seen else in_layer(name, lambda _: gathered(layer.weight_matrix(), owner), adapter)
         return weight, in_layer(name, layer.learned_change, adapter)
 

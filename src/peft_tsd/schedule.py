@@ -144,7 +144,7 @@ def _from_gradients(
     adapter: str,
 ) -> dict[str, Identified]:
     """The directions of every layer from the gradient of its frozen weight."""
-    found = {}
+    found: dict[str, Identified] = {}
     for group in weight_gradients(model, layers, batches, loss, memory):
         found |= _identified({name: layers[name] for name in group}, adapter, group.pop)
     return {name: found[name] for name in layers}
