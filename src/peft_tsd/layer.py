@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -36,7 +36,7 @@ from .directions import (
     ranked,
     rates_on,
 )
-from .distributed import is_sharded, whole, write
+from .distributed import gathered, is_sharded, shape_of, whole, write
 from .spectrum import Spectrum
 from .stacked import Factors, adapted_linear, add_product, autocasts
 
@@ -171,15 +171,29 @@ class DirectedLayer(_Mixin):
 
     def weight_matrix(self) -> Tensor:
         """The frozen base weight as a matrix (out, in), a view of it."""
+        return self._as_matrix(self.get_base_layer().weight)
+
+    def weight_in(self, owner: int) -> Tensor | None:
+        """The same in the process `owner` alone; None in the others. Where it is sharded, every process must ask.
+
+        Raises:
+            ValueError: As `distributed.gathered`.
+        """
         base = self.get_base_layer()
-        weight: Tensor = base.weight
-        return weight.T if isinstance(base, Conv1D) else weight.flatten(1)
+        if not is_sharded(base):
+            return self.weight_matrix()
+        together = gathered(base.weight, owner)
+        return None if together is None else self._as_matrix(together)
+
+    def _as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.T if isinstance(self.get_base_layer(), Conv1D) else weight.flatten(1)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
         """(out, in) of the weight as a matrix."""
-        out_size, in_size = self.weight_matrix().shape
-        return out_size, in_size
+        base = self.get_base_layer()
+        first, *others = shape_of(base.weight)
+        return (others[0], first) if isinstance(base, Conv1D) else (first, math.prod(others))
 
     @property
     def cost(self) -> float:
@@ -200,13 +214,21 @@ class DirectedLayer(_Mixin):
         """The parameters that start anew at the transition."""
         return []
 
-    def delta_sigma(self, adapter: str, strength: float = 1.0) -> Tensor:
-        """Δσ: the learned change along each direction of the dash, shape (slots,); times `strength`."""
-        theta: Tensor = self.scalars(adapter).weight
+    def delta_sigma(
+        self, adapter: str, strength: float = 1.0, read: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    ) -> Tensor:
+        """Δσ: the learned change along each direction of the dash, shape (slots,); times `strength`.
+
+        Args:
+            adapter: Name of the adapter.
+            strength: A factor.
+            read: How parameters are read: `distributed.whole`, outside of a forward pass.
+        """
+        theta = read(self.scalars(adapter).weight)
         scale = strength * self.settings(adapter).dash_lr_ratio
         unit = self.fixed(adapter).unit
         if unit is not None:
-            theta = unit * theta
+            theta = read(unit) * theta
         return theta if scale == 1 else scale * theta
 
     def weight_gradient(self, x: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
@@ -261,7 +283,7 @@ class DirectedLayer(_Mixin):
         learned = change if isinstance(change, Tensor) else change[1]
         seed = zlib.crc32(learned.float().cpu().numpy().tobytes())
         order = ranked(rates, spectrum.sigma + config.eps, config.selection, seed)
-        chosen = directions_on(spectrum, rates, order[: len(fixed.indices)], like=weight)
+        chosen = directions_on(spectrum, rates, order[: shape_of(fixed.indices)[0]], like=weight)
         chance = 0.0
         if config.direction_budget == "global":
             entry = change_norm(change) / weight.numel() ** 0.5
@@ -269,11 +291,11 @@ class DirectedLayer(_Mixin):
         unit = None
         if fixed.unit is not None:
             mean_square = weight.float().square().sum() / min(weight.shape)  # of the singular values
-            by_layer = config.dash_unit == "layer"
-            unit = mean_square.sqrt().expand(len(fixed.unit)) if by_layer else chosen.sigma[: len(fixed.unit)]
+            slots = shape_of(fixed.unit)[0]
+            unit = mean_square.sqrt().expand(slots) if config.dash_unit == "layer" else chosen.sigma[:slots]
         start_a, start_b = self._start(adapter, chosen)
         # Only the chosen few go on, and off an accelerator, until every layer is done and all can be written at once.
-        num_dash = 0 if fixed.u is None else fixed.u.shape[1]
+        num_dash = 0 if fixed.u is None else shape_of(fixed.u)[1]
         chosen = chosen._replace(u=chosen.u[:, :num_dash].clone(), v=chosen.v[:, :num_dash].clone())
         unit, start_a, start_b = (None if x is None else x.cpu() for x in (unit, start_a, start_b))
         return Identified(TaskSpecificDirections(*(x.cpu() for x in chosen)), unit, start_a, start_b, chance)
@@ -291,9 +313,9 @@ class DirectedLayer(_Mixin):
         pairs = [(fixed.u, chosen.u), (fixed.v, chosen.v.mT), (fixed.unit, found.unit)]
         for parameter, value in (*pairs, (fixed.rates, chosen.rates), (fixed.sigma, chosen.sigma)):
             if parameter is not None and value is not None:
-                write(parameter, _padded(value, parameter.shape))
-        fixed.identified_at.copy_(fixed.step)
-        write(fixed.indices, _padded(chosen.indices, fixed.indices.shape, -1))
+                write(parameter, _padded(value, shape_of(parameter)))
+        write(fixed.identified_at, whole(fixed.step))
+        write(fixed.indices, _padded(chosen.indices, shape_of(fixed.indices), -1))
 
     def check_identifiable(self, adapter: str) -> None:
         """Refuse a layer whose directions cannot be identified. The numbers of a sharded one are not looked at.
@@ -301,13 +323,12 @@ class DirectedLayer(_Mixin):
         Raises:
             ValueError: Its weight is not in memory, or holds NaN or Inf.
         """
-        weight = self.weight_matrix()
-        if weight.is_meta:
+        if self.get_base_layer().weight.is_meta:
             raise ValueError(
                 "its base weight is offloaded (on the meta device); keep the weights of adapted layers in memory."
             )
         if not is_sharded(self):
-            check_matrix(weight, "the base weight")
+            check_matrix(self.weight_matrix(), "the base weight")
 
 
 class TsdLayer(DirectedLayer, LoraLayer):
@@ -382,7 +403,7 @@ class TsdLayer(DirectedLayer, LoraLayer):
 
         Where they are sharded, every process must ask.
         """
-        a, b = (whole(factors[adapter].weight.detach()).flatten(1) for factors in (self.lora_A, self.lora_B))
+        a, b = (whole(factors[adapter].weight).flatten(1) for factors in (self.lora_A, self.lora_B))
         fixed = self.fixed(adapter)
         if self.tsd_config[adapter].subtracts_init and fixed.a0 is not None and fixed.b0 is not None:
             a, b = torch.cat([a, -whole(fixed.a0)]), torch.cat([b, whole(fixed.b0)], 1)
@@ -489,10 +510,10 @@ class TsdLayer(DirectedLayer, LoraLayer):
     def fill(self, adapter: str, found: Identified) -> None:
         if found.start_a is not None and found.start_b is not None:
             a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-            write(a, found.start_a.view(a.shape))
-            write(b, found.start_b.view(b.shape))
+            write(a, found.start_a.view(shape_of(a)))
+            write(b, found.start_b.view(shape_of(b)))
             if self.lora_bias[adapter]:
-                self.lora_B[adapter].bias.zero_()
+                write(self.lora_B[adapter].bias, torch.zeros(()))
             self._fix_start(adapter)
         super().fill(adapter, found)
 
@@ -501,8 +522,8 @@ class TsdLayer(DirectedLayer, LoraLayer):
         fixed = self.fixed(adapter)
         if fixed.a0 is not None and fixed.b0 is not None:
             # From the parameters, so that both sides of B·A − B₀·A₀ carry the same rounding.
-            fixed.a0.copy_(self.lora_A[adapter].weight.flatten(1))
-            fixed.b0.copy_(self.lora_B[adapter].weight.flatten(1))
+            write(fixed.a0, whole(self.lora_A[adapter].weight).flatten(1))
+            write(fixed.b0, whole(self.lora_B[adapter].weight).flatten(1))
 
     def check_identifiable(self, adapter: str) -> None:
         if not is_sharded(self):

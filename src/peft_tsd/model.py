@@ -262,12 +262,12 @@ def _directions_of(layer: DirectedLayer, adapter: str) -> LayerDirections:
     chosen = min(int(whole(fixed.indices).ge(0).sum()), max(dash, start))
 
     def read(tensor: Tensor) -> Tensor:
-        return whole(tensor.detach()).to("cpu", copy=True)
+        return whole(tensor).to("cpu", copy=True)
 
     if fixed.u is None or fixed.v is None:
         delta_sigma, u, v = torch.empty(0), torch.empty(out_size, 0), torch.empty(in_size, 0)
     else:
-        delta_sigma = read(layer.delta_sigma(adapter))[:dash]
+        delta_sigma = read(layer.delta_sigma(adapter, read=whole))[:dash]
         u, v = read(fixed.u)[:, :dash], read(fixed.v)[:dash].mT
 
     return LayerDirections(

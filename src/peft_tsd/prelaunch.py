@@ -14,6 +14,7 @@ fewer where these hold too much.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from weakref import WeakKeyDictionary, WeakSet
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from .config import DirectionSettings
 from .directions import LowRank, check_change, highest_first, rates_on
-from .distributed import gathered, is_sharded, share_out, whole, write
+from .distributed import is_sharded, shape_of, share_out, whole, write
 from .errors import in_layer
 from .layer import DirectedLayer
 from .model import config_of, steps_taken
@@ -74,9 +75,10 @@ def checked_layers(layers: Mapping[str, DirectedLayer]) -> dict[str, DirectedLay
 
 
 def _held_bytes(layer: DirectedLayer) -> int:
-    weight = layer.weight_matrix()
-    together = weight.numel() * weight.dtype.itemsize if is_sharded(layer) else 0
-    return 8 * min(layer.matrix_shape) ** 2 + together
+    kept = 8 * min(layer.matrix_shape) ** 2
+    if is_sharded(layer):  # the weight that was put together
+        kept += math.prod(layer.matrix_shape) * layer.get_base_layer().weight.dtype.itemsize
+    return kept
 
 
 def held_spectrum(layer: DirectedLayer) -> Spectrum | None:
@@ -102,7 +104,7 @@ def _check(layers: Mapping[str, DirectedLayer], adapter: str, config: DirectionS
     def read(name: str, owner: int) -> tuple[Tensor | None, Tensor | LowRank]:
         layer = checked[name]
         # A process takes the same layers at every check: where it has seen this one before, it holds what it needs.
-        weight = None if layer in _seen else in_layer(name, lambda _: gathered(layer.weight_matrix(), owner), adapter)
+        weight = None if layer in _seen else in_layer(name, lambda _: layer.weight_in(owner), adapter)
         return weight, in_layer(name, layer.learned_change, adapter)
 
     def work(name: str, given: tuple[Tensor | None, Tensor | LowRank]) -> Tensor:
@@ -138,5 +140,5 @@ def _first_directions(layer: DirectedLayer, adapter: str, weight: Tensor | None,
         check_change(weight, change)
         _held[layer] = Spectrum(weight)
     config, fixed = layer.settings(adapter), layer.fixed(adapter)
-    num = len(fixed.indices) if fixed.u is None else config.num_directions  # LoRA-Init's r, or the dash's
+    num = shape_of(fixed.indices)[0] if fixed.u is None else config.num_directions  # LoRA-Init's r, or the dash's
     return highest_first(rates_on(_held[layer], change, config.eps))[:num].cpu()

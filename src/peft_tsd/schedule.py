@@ -21,10 +21,11 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm
 from transformers.trainer_callback import TrainerCallback
 
+from . import zero
 from .budget import over_chance, spread
 from .config import DirectionSettings
 from .directions import LowRank
-from .distributed import gathered, is_main_process, share_out
+from .distributed import held_parts, is_main_process, share_out, whole
 from .errors import TransitionError as TransitionError
 from .errors import in_layer
 from .gradients import Loss, loss_of_output, random_states_kept, weight_gradients
@@ -75,7 +76,8 @@ def advance(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], adapte
                 "batches, optimizer) before the first step, or give it a pre-launch."
             )
         with torch.no_grad():
-            torch._foreach_add_([layer.fixed(adapter).step for layer in layers.values()], 1)
+            steps = [part for layer in layers.values() for part in held_parts(layer.fixed(adapter).step)]
+            torch._foreach_add_(steps, 1)
         if waiting and prelaunch_is_over(layers, adapter):
             transition(layers, adapter, optimizer)
             moved = True
@@ -185,7 +187,7 @@ def _identified(
     """The directions of every layer, each found by one process and known to all."""
 
     def read(name: str, owner: int) -> tuple[Tensor | None, Tensor | LowRank]:
-        return in_layer(name, lambda _: (gathered(layers[name].weight_matrix(), owner), change_of(name)), adapter)
+        return in_layer(name, lambda _: (layers[name].weight_in(owner), change_of(name)), adapter)
 
     def work(name: str, given: tuple[Tensor | None, Tensor | LowRank]) -> Identified:
         weight, change = given
@@ -310,7 +312,7 @@ class TsdCallback(TrainerCallback):
         if moved:
             for _, layers, adapter in _trained(model):
                 fixed = next(iter(layers.values())).fixed(adapter)
-                if fixed.identified_at == fixed.step:
+                if whole(fixed.identified_at) == whole(fixed.step):
                     self._record(state.global_step, start, layers, adapter)
         else:
             self._checks_seconds += time.perf_counter() - start
@@ -369,20 +371,23 @@ def _owners(parameters: list[nn.Parameter], optimizer: Optimizer | Sequence[Opti
     # Accelerate wraps the optimizer whose state is meant.
     optimizers = [getattr(opt, "optimizer", opt) for opt in optimizers]
     owner = {id(p): opt for opt in optimizers for group in opt.param_groups for p in group["params"]}
+    owner |= {id(p): optimizers[0] for p in parameters if zero.is_copied(p)}
     missing = sum(id(p) not in owner for p in parameters)
     if missing:
         kinds = ", ".join(type(opt).__name__ for opt in optimizers)
         raise TransitionError(
             f"The optimizer given ({kinds}) does not hold {missing} of the {len(parameters)} A and B that restart, "
             "so that their moments cannot be cleared. Pass the optimizer that was built from this model's parameters; "
-            "where it keeps flattened copies of them (DeepSpeed, FSDP1), use method='lora-dash'."
+            "where it keeps flattened copies of them (FSDP1), use FSDP2, or method='lora-dash'."
         )
     return [owner[id(p)] for p in parameters]
 
 
 def _forget(optimizer: Optimizer, parameter: Tensor) -> None:
     """Bring the optimizer to the state it had before it first saw `parameter`."""
-    if isinstance(optimizer, torch.optim.Adagrad):
+    if zero.is_copied(parameter):
+        zero.forget(parameter, optimizer)
+    elif isinstance(optimizer, torch.optim.Adagrad):
         # The one optimizer that fills its state when it is built, not when it first steps.
         state = optimizer.state[parameter]
         state["step"].zero_()
