@@ -72,7 +72,10 @@ class FixedDirections(nn.Module):
         candidates: The directions that the last check of an automatic pre-launch found, highest rate first; int64,
             -1 before; None in a pre-launch of fixed length.
         agreement: What each of its checks found, over all layers, in the order of `TsdConfig.check_steps`; -1 before.
+        copies: Of these, in the process that saves, where ZeRO-3 has split them (`peft_tsd.zero_checkpoints`).
     """
+
+    copies: dict[str, Tensor] | None = None
 
     def __init__(
         self,

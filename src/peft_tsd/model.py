@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .config import DirectionSettings, TsdConfig
 from .distributed import is_sharded, whole
 from .layer import DirectedLayer, TsdLayer, create_layer, used_columns
+from .zero_checkpoints import completed
 
 Phase = Literal["pre-launch", "dash"]
 
@@ -233,10 +234,18 @@ class TsdModel(DirectedModel, LoraModel):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: TsdConfig, adapter_name: str, *args: Any, **kwargs: Any
+        cls,
+        model: nn.Module,
+        config: TsdConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         warn_as_saved(config, adapted_layers(model, adapter_name), adapter_name)
-        state: dict[str, Tensor] = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        state_dict = completed(model, adapter_name, state_dict)
+        state: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
         return state
 
     @classmethod

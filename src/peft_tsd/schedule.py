@@ -32,6 +32,7 @@ from .gradients import Loss, loss_of_output, random_states_kept, weight_gradient
 from .layer import DirectedLayer, Identified
 from .model import adapted_layers, config_of, phase_of, steps_taken, warn_in_prelaunch
 from .prelaunch import checks_made, held_spectrum, prelaunch_is_over, release
+from .zero_checkpoints import hold_copies, restore
 
 log = logging.getLogger(__name__)
 
@@ -78,9 +79,12 @@ def advance(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], adapte
         with torch.no_grad():
             steps = [part for layer in layers.values() for part in held_parts(layer.fixed(adapter).step)]
             torch._foreach_add_(steps, 1)
-        if waiting and prelaunch_is_over(layers, adapter):
+        over = waiting and prelaunch_is_over(layers, adapter)
+        if over:
             transition(layers, adapter, optimizer)
             moved = True
+        checks = config_of(layers, adapter).check_steps if waiting else ()
+        hold_copies(layers, adapter, anew=over or (bool(checks) and steps_taken(layers, adapter) in checks))
     return moved
 
 
@@ -284,6 +288,7 @@ class TsdCallback(TrainerCallback):
     ) -> None:
         remaining = state.max_steps - state.global_step
         for config, layers, adapter in _trained(model):
+            restore(layers, adapter, state.global_step, args.output_dir)
             if config.prelaunch_steps == 0:
                 if phase_of(layers, adapter) == "pre-launch":
                     start = time.perf_counter()

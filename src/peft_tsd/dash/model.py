@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..layer import unsupported
 from ..model import DirectedModel, adapted_layers, warn_as_saved
+from ..zero_checkpoints import completed
 from .config import DashConfig, DashType
 from .layer import DashLayer, own_names, with_directions
 
@@ -94,6 +95,7 @@ class DashModel(DirectedModel, BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         warn_as_saved(config, adapted_layers(model, adapter_name), adapter_name)
+        state_dict = completed(model, adapter_name, state_dict)
         state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # Some methods save what is on a list of their own.
         own = tuple(f".{name}.{adapter_name}." for name in own_names(cls.own_prefix))
