@@ -1,51 +1,167 @@
-"""Two processes, each with its own data, find and decide what one process with all of it does."""
+"""Several processes find and train what one process does, and continue each other's checkpoints."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
-from torch.nn.parallel import DistributedDataParallel
+from peft import PeftModel
+from safetensors.torch import load_file
 
+import in_processes
 import tiny
-from peft_tsd import advance, identify_from_gradients
 
 pytestmark = pytest.mark.slow
 
-CONFIGS = {
-    "gradients": {"prelaunch_steps": 0},
-    "auto": {"prelaunch_steps": "auto", "prelaunch_min": 4, "prelaunch_max": 12, "settled_agreement": 0.95},
-}
+WORKER = Path(in_processes.__file__)
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None,
+    reason="DeepSpeed is not installed (DS_BUILD_OPS=0 pip install deepspeed)",
+)
+GRADIENTS = {"prelaunch_steps": 0, "dash_unit": "sigma", "direction_budget": "global"}
+AUTO = {"prelaunch_steps": "auto", "prelaunch_min": 2, "prelaunch_max": 5, "settled_agreement": 0.99}
 
 
-def batch(step: int, ranks: range) -> dict[str, torch.Tensor]:
-    ids = torch.cat([tiny.tokens(2, 9, seed=10 * step + rank) for rank in ranks])
-    return {"input_ids": ids, "labels": ids}
+def spec_of(place: Path, loop: str, engine: str, method: str = "lora-tsd", **changes) -> dict:
+    number = len(list(place.glob("*")))
+    fixed = {"loop": loop, "engine": engine, "method": method, "steps": 6, "changes": {}, "out": str(place / "out")}
+    return {**fixed, "result": str(place / f"{number}-{engine}-{method}.json"), **changes}
 
 
-def trained(kind: str, ranks: range, wrap=lambda model: model):
-    model = get_peft_model(tiny.llama().double(), tiny.config(**CONFIGS[kind]))
-    wrapped = wrap(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    if kind == "gradients":
-        identify_from_gradients(wrapped, [batch(100, ranks), batch(101, ranks)], optimizer)
-    for step in range(14):
-        wrapped(**batch(step, ranks)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        advance(wrapped, optimizer)
-    found = model.directions()
-    return found.prelaunch_steps, [one.indices.tolist() for one in found.values()]
+def launch(processes: int, *specs: dict) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run(
+        [*command, str(WORKER), json.dumps(specs)], env=environment, capture_output=True, text=True, timeout=300
+    )
 
 
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    found = {kind: trained(kind, range(rank, rank + 1), DistributedDataParallel) for kind in CONFIGS}
-    torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+def train(processes: int, *specs: dict) -> list[dict]:
+    done = launch(processes, *specs)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = [json.loads(Path(spec["result"]).read_text()) for spec in specs]
+    for result in results:
+        assert len(result["digests"]) == processes
+        assert len(set(result["digests"])) == 1, "the processes hold different directions"
+    return results
 
 
-def test_two_processes_agree_with_one(tmp_path):
-    torch.multiprocessing.spawn(work, args=(str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert first == second
-    assert first == {kind: trained(kind, range(2)) for kind in CONFIGS}
+def alone(method: str = "lora-tsd", **changes) -> dict:
+    """What one process does, with all rows of each batch."""
+    return in_processes.trained({"loop": "torch", "engine": "none", "method": method, "steps": 6, "changes": changes})
+
+
+def assert_same(result: dict, other: dict, *, steps: int | None = None) -> None:
+    assert result["indices"] == other["indices"]
+    assert result["identified_at"] == other["identified_at"]
+    assert result["losses"][:steps] == pytest.approx(other["losses"][:steps], abs=2e-4)
+
+
+def test_two_processes(tmp_path):
+    cases = [
+        ("ddp", "lora-tsd", {}),
+        ("ddp", "lora-init", {"init_reading": "orthonormal"}),
+        ("fsdp2", "lora-dash", GRADIENTS),
+        ("fsdp2", "lora-tsd", AUTO),
+    ]
+    specs = []
+    for number, (engine, method, changes) in enumerate(cases):
+        result = str(tmp_path / f"{number}.json")
+        specs.append(spec_of(tmp_path, "torch", engine, method, changes=changes, result=result))
+    for (engine, method, changes), result in zip(cases, train(2, *specs), strict=True):
+        assert result["kind"] == ("DTensor" if engine == "fsdp2" else "Tensor")
+        assert_same(result, alone(method, **changes))
+
+
+def test_four_processes(tmp_path):
+    methods = ["lora-tsd", "lora-init", "lora-dash"]
+    results = train(4, *(spec_of(tmp_path, "torch", "fsdp2", method) for method in methods))
+    for method, result in zip(methods, results, strict=True):
+        assert result["kind"] == "DTensor"
+        assert_same(result, alone(method))
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+@needs_deepspeed
+def test_zero(tmp_path, engine):
+    methods = ["lora-dash", "lora-init", "lora-tsd"]
+    results = train(2, *(spec_of(tmp_path, "torch", engine, method) for method in methods))
+    for method, result in zip(methods, results, strict=True):
+        assert result["kind"] == ("split" if engine == "zero3" else "Tensor")
+        # LoRA-TSD counts the steps of Δσ anew too, so that it moves otherwise from there on.
+        assert_same(result, alone(method), steps=3 if method == "lora-tsd" else None)
+
+
+def test_accelerate(tmp_path):
+    assert_same(*train(2, spec_of(tmp_path, "accelerate", "ddp")), alone())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Trainer's run in two processes that nothing stopped, by engine: its folder and result."""
+    done = {}
+
+    def get(engine: str) -> tuple[Path, dict]:
+        if engine not in done:
+            place = tmp_path_factory.mktemp(engine)
+            done[engine] = place / "out", *train(2, spec_of(place, "trainer", engine))
+        return done[engine]
+
+    return get
+
+
+def test_trl(tmp_path):
+    assert_same(*(train(processes, spec_of(tmp_path, "trl", "ddp"))[0] for processes in (2, 1)))
+
+
+@pytest.mark.parametrize(
+    ("engine", "processes"),
+    [
+        ("ddp", 1),
+        ("fsdp2", 4),
+        pytest.param("zero2", 2, marks=needs_deepspeed),
+        pytest.param("zero3", 2, marks=needs_deepspeed),
+    ],
+)
+def test_checkpoints_of_two_processes_continue_in_others(tmp_path, whole, engine, processes):
+    """From before and after the transition; what is saved in the end is a whole adapter."""
+    first, result = whole(engine)
+    assert result["identified_at"] == 3
+    for step in (2, 4):
+        place = tmp_path / f"from-{step}"
+        shutil.copytree(first, place / "out")
+        spec = spec_of(place, "trainer", engine, resume=str(place / "out" / f"checkpoint-{step}"))
+        assert_same(*train(processes, spec), result)
+        model = PeftModel.from_pretrained(tiny.llama(), place / "out" / "final")
+        assert [layer.indices.tolist() for layer in model.base_model.directions().values()] == result["indices"]
+        saved, other = (load_file(out / "final" / "adapter_model.safetensors") for out in (place / "out", first))
+        assert saved.keys() == other.keys()
+        for name, tensor in saved.items():
+            torch.testing.assert_close(tensor, other[name], atol=2e-4, rtol=1e-3)
+
+
+def test_one_process_that_fails_ends_all_and_the_last_checkpoint_is_whole(tmp_path, whole):
+    started = time.monotonic()
+    done = launch(2, spec_of(tmp_path, "trainer", "ddp", fail_at=5))
+    assert time.monotonic() - started < 60
+    assert done.returncode != 0
+    assert "one process has had enough" in done.stderr
+    spec = spec_of(tmp_path, "trainer", "ddp", resume=str(tmp_path / "out" / "checkpoint-4"))
+    assert_same(*train(2, spec), whole("ddp")[1])
+
+
+def test_a_process_that_fails_at_the_transition_tells_the_others(tmp_path):
+    started = time.monotonic()
+    done = launch(2, spec_of(tmp_path, "torch", "fsdp2", out_of_memory=1))
+    assert time.monotonic() - started < 60
+    assert done.returncode != 0
+    error = r"\[rank{}\]: .*TransitionError: Process 1 failed in layer '.*_proj': RuntimeError: not enough memory"
+    for rank in range(2):
+        assert re.search(error.format(rank), done.stderr), done.stderr[-3000:]

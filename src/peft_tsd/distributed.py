@@ -50,6 +50,7 @@ def shape_of(parameter: Tensor) -> torch.Size:
     return shape
 
 
+@torch.no_grad()
 def whole(tensor: Tensor) -> Tensor:
     """`tensor`, detached, and put together in every process where it is sharded."""
     if isinstance(tensor, DTensor):
