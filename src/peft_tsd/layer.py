@@ -320,16 +320,29 @@ class DirectedLayer(_Mixin):
         write(fixed.identified_at, whole(fixed.step))
         write(fixed.indices, _padded(chosen.indices, shape_of(fixed.indices), -1))
 
+    def check_layout(self, adapter: str) -> None:
+        """Refuse a layer whose weight cannot be read, without a look at its numbers.
+
+        Raises:
+            ValueError: It is not in memory, or flattened.
+        """
+        weight = self.get_base_layer().weight
+        if weight.is_meta:
+            raise ValueError(
+                "its base weight is offloaded (on the meta device); keep the weights of adapted layers in memory."
+            )
+        if len(shape_of(weight)) < 2:
+            raise ValueError(
+                f"its base weight has been flattened to shape {tuple(weight.shape)} (FSDP1); use FSDP2 (fsdp_version: 2)."
+            )
+
     def check_identifiable(self, adapter: str) -> None:
         """Refuse a layer whose directions cannot be identified. The numbers of a sharded one are not looked at.
 
         Raises:
-            ValueError: Its weight is not in memory, or holds NaN or Inf.
+            ValueError: As `check_layout`; or its weight holds NaN or Inf.
         """
-        if self.get_base_layer().weight.is_meta:
-            raise ValueError(
-                "its base weight is offloaded (on the meta device); keep the weights of adapted layers in memory."
-            )
+        self.check_layout(adapter)
         if not is_sharded(self):
             check_matrix(self.weight_matrix(), "the base weight")
 

@@ -288,6 +288,8 @@ class TsdCallback(TrainerCallback):
     ) -> None:
         remaining = state.max_steps - state.global_step
         for config, layers, adapter in _trained(model):
+            for name, layer in layers.items():
+                in_layer(name, layer.check_layout, adapter)
             restore(layers, adapter, state.global_step, args.output_dir)
             if config.prelaunch_steps == 0:
                 if phase_of(layers, adapter) == "pre-launch":
@@ -383,7 +385,7 @@ def _owners(parameters: list[nn.Parameter], optimizer: Optimizer | Sequence[Opti
         raise TransitionError(
             f"The optimizer given ({kinds}) does not hold {missing} of the {len(parameters)} A and B that restart, "
             "so that their moments cannot be cleared. Pass the optimizer that was built from this model's parameters; "
-            "where it keeps flattened copies of them (FSDP1), use FSDP2, or method='lora-dash'."
+            "where it keeps flattened copies of them, use method='lora-dash'."
         )
     return [owner[id(p)] for p in parameters]
 

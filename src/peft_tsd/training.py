@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
 import warnings
@@ -67,6 +68,11 @@ def train(recipe: Recipe) -> Result:
             the message says was done.
         Interrupted: The run was stopped; it can be continued.
     """
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise RecipeError(
+            f"WORLD_SIZE={processes}: a run of a recipe is one process. Start it without torchrun or accelerate "
+            "launch, or train in several processes with TsdCallback in a Trainer of your own (docs/many-gpus.md)"
+        )
     with interruptible(Path(recipe.output)) as stop:
         job = _prepare(recipe)
         stop.check()
@@ -519,7 +525,7 @@ def _count(model: Any, recipe: Recipe) -> tuple[int, int]:
 def _training_arguments(recipe: Recipe, steps: int, folder: RunFolder) -> TrainingArguments:
     # An adapter is kept in float32 by PEFT, beside base weights of the recipe's dtype; without one, autocast does it.
     casts = recipe.model.dtype if recipe.method == "full" else "float32"
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder.checkpoints),
         max_steps=steps,
         per_device_train_batch_size=recipe.training.batch_size,
@@ -546,6 +552,9 @@ def _training_arguments(recipe: Recipe, steps: int, folder: RunFolder) -> Traini
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    # A run is one process on one device; Trainer would take every GPU it sees by DataParallel.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _save(model: Any, tokenizer: Any, path: Path) -> None:

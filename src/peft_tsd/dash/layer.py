@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..distributed import is_sharded
 from ..layer import DashScalars, DirectedLayer, FixedDirections
 from ..spectrum import as_double
 from .config import DashConfig
@@ -74,6 +75,14 @@ class DashLayer(DirectedLayer):
 
     def scalars(self, adapter: str) -> DashScalars:
         return cast(DashScalars, self.dash_scalars[adapter])
+
+    def check_layout(self, adapter: str) -> None:
+        super().check_layout(adapter)
+        if is_sharded(self):
+            raise ValueError(
+                "its parameters are sharded over processes, and directions beside other methods need them whole; train "
+                "with DDP or ZeRO-2, or use TsdConfig."
+            )
 
     def learned_change(self, adapter: str) -> Tensor:
         """The merged weight less the base weight: float64, shape (out, in).
