@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from peft import get_peft_model
+from peft import LoHaConfig, get_peft_model
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -23,11 +23,12 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import tiny
-from peft_tsd import TsdCallback, advance, identify_from_gradients, layer
+from peft_tsd import DashConfig, TsdCallback, advance, identify_from_gradients, layer
 from peft_tsd.distributed import world
 
 GLOBAL_BATCH = 4
 LR = 1e-2
+LOHA = DashConfig(peft=LoHaConfig(r=2, target_modules=tiny.LLAMA_TARGETS), prelaunch_steps=3, num_directions=2)
 
 
 def rows() -> list[dict[str, torch.Tensor]]:
@@ -175,7 +176,8 @@ def world_size() -> int:
 
 def trained(spec) -> dict:
     """What a run ends with, but for the digests of the other processes."""
-    model = get_peft_model(tiny.llama(), tiny.config(spec["method"], **spec["changes"]))
+    config = tiny.config(spec["method"], **spec["changes"]) if spec["method"] != "loha" else LOHA
+    model = get_peft_model(tiny.llama(), config)
     losses = (in_trainer if spec["loop"] in ("trainer", "trl") else in_own_loop)(spec, model)
     found = model.directions()
     digest = hashlib.sha256()

@@ -165,3 +165,11 @@ def test_a_process_that_fails_at_the_transition_tells_the_others(tmp_path):
     error = r"\[rank{}\]: .*TransitionError: Process 1 failed in layer '.*_proj': RuntimeError: not enough memory"
     for rank in range(2):
         assert re.search(error.format(rank), done.stderr), done.stderr[-3000:]
+
+
+def test_directions_beside_other_methods_are_found_by_two_processes_and_refused_where_they_are_sharded(tmp_path):
+    assert_same(*train(2, spec_of(tmp_path, "torch", "ddp", "loha")), alone("loha"))
+    done = launch(2, spec_of(tmp_path, "trainer", "fsdp2", "loha"))
+    assert done.returncode != 0
+    assert "its parameters are sharded over processes" in done.stderr
+    assert not list((tmp_path / "out").glob("checkpoint-*"))

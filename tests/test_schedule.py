@@ -7,7 +7,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 import tiny
 from peft_tsd import PrelaunchWarning, TsdCallback, advance
@@ -295,12 +295,21 @@ def test_a_non_finite_layer_stops_by_name_and_loses_nothing(method, part, tmp_pa
     assert advance(model, optimizer)
 
 
-def test_a_weight_that_is_not_here_is_named():
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.empty(32, 32, device="meta"), r"q_proj': its base weight is offloaded \(on the meta device\)"),
+        (torch.zeros(1024), r"q_proj': its base weight is flattened to shape \(1024,\), as FSDP1 does"),
+    ],
+)
+def test_a_weight_that_is_not_here_is_named(weight, message):
     model = get_peft_model(tiny.llama(), tiny.config(prelaunch_steps=1))
     layer = adapted_layers(model, "default")["model.layers.0.self_attn.q_proj"]
-    layer.base_layer.weight = nn.Parameter(torch.empty(32, 32, device="meta"), requires_grad=False)
+    layer.base_layer.weight = nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(ValueError, match=message):
+        TsdCallback().on_train_begin(None, TrainerState(max_steps=9), None, model=model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    with pytest.raises(ValueError, match=r"q_proj': its base weight is offloaded \(on the meta device\)"):
+    with pytest.raises(ValueError, match=message):
         advance(model, optimizer)
 
 

@@ -333,7 +333,7 @@ class DirectedLayer(_Mixin):
             )
         if len(shape_of(weight)) < 2:
             raise ValueError(
-                f"its base weight has been flattened to shape {tuple(weight.shape)} (FSDP1); use FSDP2 (fsdp_version: 2)."
+                f"its base weight is flattened to shape {tuple(weight.shape)}, as FSDP1 does; use fsdp_version: 2."
             )
 
     def check_identifiable(self, adapter: str) -> None:

@@ -80,8 +80,8 @@ class DashLayer(DirectedLayer):
         super().check_layout(adapter)
         if is_sharded(self):
             raise ValueError(
-                "its parameters are sharded over processes, and directions beside other methods need them whole; train "
-                "with DDP or ZeRO-2, or use TsdConfig."
+                "its parameters are sharded over processes, and directions beside other methods need them whole; "
+                "train with DDP or ZeRO-2, or use TsdConfig."
             )
 
     def learned_change(self, adapter: str) -> Tensor:
