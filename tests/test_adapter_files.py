@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import tiny
@@ -21,6 +21,7 @@ from harness.drawn import Drawn
 from peft_tsd import TsdConfig, export_lora
 from peft_tsd.adapter_files import check_adapter, check_fits, check_onto, find_adapter
 from peft_tsd.errors import RecipeError
+from peft_tsd.layer import DirectedLayer
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
 
@@ -48,6 +49,13 @@ def refusal(adapter: Path) -> str:
     with pytest.raises(ValueError, match="."):
         export_lora(adapter, out)
     assert not out.exists()
+    config = adapter / "adapter_config.json"
+    if config.is_file() and b'"peft_type": "TSD"' in config.read_bytes():
+        base = tiny.llama()
+        with pytest.raises(RecipeError) as loading:
+            PeftModel.from_pretrained(base, adapter)
+        assert str(loading.value) == str(caught.value)
+        assert not any(isinstance(module, DirectedLayer) for module in base.modules())
     return str(caught.value)
 
 

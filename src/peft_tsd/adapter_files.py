@@ -69,6 +69,12 @@ def check_adapter(folder: str | os.PathLike[str]) -> PeftConfig:
     return config
 
 
+def check_if_local(folder: Path) -> None:
+    """`check_adapter`, where `folder` is a local one with an adapter's weights. A configuration may lie alone."""
+    if (folder / CONFIG).is_file() and any((folder / name).exists() for name in (WEIGHTS, PICKLED)):
+        check_adapter(folder)
+
+
 def find_adapter(name: str) -> Path:
     """The folder of an adapter: a local one as it is, one of the hub fetched into its cache, without pickled files.
 

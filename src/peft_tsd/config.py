@@ -6,6 +6,7 @@ import difflib
 import enum
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 from peft import LoraConfig, PeftConfig
@@ -61,6 +62,18 @@ class DirectionSettings(Protocol):
 
 class Planned:
     """What follows from the settings of the pre-launch and of the number of directions; mixed into configurations."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """As PEFT's, which calls it before it loads an adapter: one in a local folder is checked first.
+
+        Raises:
+            RecipeError: As `check_adapter`, where the folder holds an adapter.
+        """
+        from .adapter_files import check_if_local  # which imports this module
+
+        check_if_local(Path(pretrained_model_name_or_path) / (subfolder or ""))
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)  # type: ignore[misc]
 
     @property
     def direction_slots(self: DirectionSettings) -> int:
@@ -288,7 +301,7 @@ class TsdConfig(Planned, LoraConfig):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> TsdConfig:
-        """As `LoraConfig.from_pretrained`; CorDA's start, whose data are gone, is left to the weights' file."""
+        """As `Planned.from_pretrained`; CorDA's start, whose data are gone, is left to the weights' file."""
         config: TsdConfig = super().from_pretrained(*args, **kwargs)
         config.init_is_saved = True
         return config
