@@ -278,3 +278,25 @@ def test_it_is_called_again_by_its_path_where_the_shell_does_not_find_it(tmp_pat
     assert cli._command() == ".venv/bin/peft-tsd"
     monkeypatch.setenv("PATH", str(program.parent))
     assert cli._command() == "peft-tsd"
+
+
+def test_overrides_stand_anywhere(capsys):
+    shown = ["recipes", "show", "minilm-glue"]
+    assert main([*shown, "task=rte", "seed=3"]) == 0
+    together = capsys.readouterr().out
+    assert "seed: 3" in together
+    compare = ["compare", "minilm-glue", "task.max_length=-1", "--ranks", "4"]
+    # The second override is the one that is refused: it was read, as was the first.
+    for given in (["training.steps=none"], ["--seeds", "0", "training.steps=none"]):
+        assert main([*compare, *given]) == 2
+        error = capsys.readouterr().err
+        assert "task.max_length" in error or "training.steps" in error
+    for given in ("steps", "--steps=3", "-x=3"):
+        with pytest.raises(SystemExit):
+            main([*compare, given])
+        assert f"unrecognized arguments: {given}" in capsys.readouterr().err
+
+
+def test_a_recipe_is_one_process(refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert "WORLD_SIZE=4: a run of a recipe is one process" in refused()

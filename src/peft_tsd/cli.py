@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import logging
+import re
 import shlex
 import shutil
 import sys
@@ -34,7 +35,13 @@ DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130  # a run stopped by a signal ends with 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 2 bad input, 130 interrupted, 143 terminated."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes key=value before or after the options, and not on both sides.
+    if rest and not ("overrides" in arguments and all(re.fullmatch(r"[\w.]+=.*", given, re.DOTALL) for given in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
     try:
         result: int = arguments.run(arguments)
     except RecipeError as error:
