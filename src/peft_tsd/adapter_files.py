@@ -26,9 +26,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from .config import REFUSED_FIELDS, TsdConfig, without_weights
+from .dispatch import create_layer
 from .errors import RecipeError, did_you_mean, one_line
 from .folders import sha256
-from .layer import create_layer
 
 CONFIG, WEIGHTS, PICKLED, ORIGIN = (
     "adapter_config.json",

@@ -109,7 +109,8 @@ REFUSED_FIELDS = {
     "kasa_config": "KaSA truncates the base weight, and here the base weight is never written to",
     "use_qalora": "QA-LoRA pools the input, so that its A does not fit the directions of the weight",
     "megatron_config": "Megatron's parallel layers hold only a part of each weight",
-    "target_parameters": "only whole Linear, Conv1D and Conv2d layers carry directions; name them in target_modules",
+    "target_parameters": "only whole Linear, Conv1D and Conv2d layers carry directions, and such a parameter holds a "
+    "matrix for each expert; name layers beside the experts, such as those of attention, in target_modules",
     "layer_replication": "replicated layers share one weight, and their directions could not be merged or exported",
 }
 
@@ -311,7 +312,7 @@ class TsdConfig(Planned, LoraConfig):
         if init == "mica":
             return f"directions beside MiCA are DashConfig(peft=LoraConfig(init_lora_weights={init!r}, ...))"
         if init == "loftq":
-            return "LoftQ starts from the error of quantizing a weight, and here the base weight is not quantized"
+            return "LoftQ writes a rounded copy over the base weight, and here that is never written to"
         if init not in _INITS and not self.subtracts_init:
             return f"use one of {(*_INITS, *_SUBTRACTED_INITS)}"
         if self.starts_from_directions and init not in _INITS[:4]:

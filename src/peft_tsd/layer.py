@@ -142,6 +142,11 @@ def _padded(value: Tensor, shape: torch.Size, fill: float = 0) -> Tensor:
     return padded
 
 
+def linear_gradient(x: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """`Σ dy xᵀ` of a linear layer, shape (out, in), from its input (..., in) and its output's gradient (..., out)."""
+    return gradient.reshape(-1, gradient.shape[-1]).to(dtype).mT @ x.reshape(-1, x.shape[-1]).to(dtype)
+
+
 # A mixin without a base class can also be given to a layer that is there already (see `peft_tsd.dash`).
 _Mixin: Any = BaseTunerLayer if TYPE_CHECKING else object
 
@@ -247,7 +252,7 @@ class DirectedLayer(_Mixin):
         """
         base = self.get_base_layer()
         if isinstance(base, (nn.Linear, Conv1D)):
-            return gradient.reshape(-1, gradient.shape[-1]).to(dtype).mT @ x.reshape(-1, x.shape[-1]).to(dtype)
+            return linear_gradient(x, gradient, dtype)
         if not isinstance(base, nn.Conv2d):
             raise ValueError(f"Directions are not found from gradients in layers of type {type(base).__name__}.")
         with torch.enable_grad():
@@ -352,6 +357,10 @@ class TsdLayer(DirectedLayer, LoraLayer):
 
     adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_dash")
     other_param_names = (*LoraLayer.other_param_names, "lora_directions", "tsd_config")
+
+    shares_weight = False
+    """Whether another module has the same weight: a tied lm_head, whose weight is the embedding's."""
+    _shared: tuple[nn.Parameter, ...] = ()  # that weight, while the layer has a copy to merge into
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: TsdConfig, **kwargs: Any) -> None:
         if not isinstance(config, TsdConfig):
@@ -469,8 +478,8 @@ class TsdLayer(DirectedLayer, LoraLayer):
         x = self._cast_input_dtype(x, self.lora_A[adapter].weight.dtype)
         result = self._add_product(result, self.lora_dropout[adapter](x), self.factors(adapter))
         if self.lora_bias[adapter]:
-            bias = self.lora_B[adapter].bias * self.scaling[adapter]
-            result = result + bias.view(-1, *(1,) * (self.get_base_layer().weight.ndim - 2))
+            b = self.lora_B[adapter]
+            result = result + (b.bias * self.scaling[adapter]).view(-1, *(1,) * (b.weight.ndim - 2))
         return result
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -505,6 +514,20 @@ class TsdLayer(DirectedLayer, LoraLayer):
                 rows = [row for row, name in enumerate(adapter_names) if name == adapter]
                 result[rows] = self._add_adapter(result[rows], x[rows], adapter).to(result.dtype)
         return result
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge adapters into the base weight as PEFT does; a shared one is copied first, and left alone."""
+        base = self.get_base_layer()
+        if self.shares_weight and not self._shared and any(map(self.carries, adapter_names or self.active_adapters)):
+            self._shared = (base.weight,)
+            base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def unmerge(self) -> None:
+        """Take all merged adapters out of the base weight again."""
+        super().unmerge()
+        if self._shared:
+            (self.get_base_layer().weight,), self._shared = self._shared, ()
 
     def restarted(self, adapter: str) -> list[nn.Parameter]:
         if not self.tsd_config[adapter].starts_from_directions:
@@ -601,41 +624,3 @@ class Conv2d(TsdLayer, lora.Conv2d):
         kernel = factors.down().view(-1, *base.weight.shape[1:])
         hidden = F.conv2d(x, kernel, stride=base.stride, padding=base.padding)
         return result + F.conv2d(hidden, factors.up()[:, :, None, None])
-
-
-def create_layer(target: nn.Module, adapter_name: str, config: TsdConfig, **kwargs: Any) -> TsdLayer:
-    """Wrap the module `target` in the TSD layer of its type.
-
-    Raises:
-        ValueError: There is none; the message names the module and says what to leave out.
-    """
-    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    name = kwargs.get("target_name") or type(base).__name__
-    if reason := unsupported(base):
-        raise ValueError(
-            f"{name} cannot carry a {config.method} adapter: {reason}. "
-            f"Leave it out of target_modules, or name it in exclude_modules=[{name!r}]."
-        )
-    if isinstance(base, nn.Conv2d):
-        return Conv2d(target, adapter_name, config=config, **kwargs)
-    layer = Linear(target, adapter_name, config=config, is_target_conv_1d_layer=isinstance(base, Conv1D), **kwargs)
-    # The type of the layer decides how its weight is stored, whatever the config says of the others.
-    layer.fan_in_fan_out = isinstance(base, Conv1D)
-    return layer
-
-
-def unsupported(base: nn.Module) -> str | None:
-    """Why a layer cannot have directions, or None where it can."""
-    if not isinstance(base, (nn.Linear, Conv1D, nn.Conv2d)):
-        return f"it is of type {type(base).__name__}, and only Linear, Conv1D and Conv2d weights have directions here"
-    if not base.weight.is_floating_point():
-        return f"its weight is quantized ({type(base).__name__}, {base.weight.dtype}); load the base model in bfloat16"
-    if isinstance(base, nn.Conv2d):
-        if base.groups != 1:
-            return f"it is a convolution in {base.groups} groups, whose LoRA is not a change of the kernel's shape"
-        if tuple(base.dilation) != (1, 1) or base.padding_mode != "zeros":
-            return (
-                f"it is a convolution with dilation {tuple(base.dilation)} and padding mode {base.padding_mode!r}, "
-                "which PEFT's LoRA layers, and so any export, do not follow"
-            )
-    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,9 +12,11 @@ import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 
-from .config import DirectionSettings, TsdConfig
+from .config import REFUSED_FIELDS, DirectionSettings, TsdConfig
+from .dispatch import create_layer
 from .distributed import is_sharded, whole
-from .layer import DirectedLayer, TsdLayer, create_layer, used_columns
+from .layer import DirectedLayer, TsdLayer, used_columns
+from .quantized import QuantizedLayer, keep_as_stored
 from .zero_checkpoints import completed
 
 Phase = Literal["pre-launch", "dash"]
@@ -216,6 +219,31 @@ class TsdModel(DirectedModel, LoraModel):
     """
 
     tuner_layer_cls = TsdLayer
+
+    def _check_new_adapter_config(self, config: TsdConfig) -> None:
+        super()._check_new_adapter_config(config)
+        if config.target_parameters:  # which PEFT has made of target_modules, where these name experts
+            raise ValueError(
+                f"target_modules name parts of the experts, {sorted(config.target_parameters)}, which cannot carry a "
+                f"{config.method} adapter: {REFUSED_FIELDS['target_parameters']}."
+            )
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+        for layer in model.modules():
+            if isinstance(layer, TsdLayer):
+                layer.shares_weight = holders[id(getattr(layer.get_base_layer(), "weight", None))] > 1
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for layer in self.model.modules():
+            if isinstance(layer, QuantizedLayer):
+                layer.check_mergeable()
+
+    def _prepare_model(self, peft_config: TsdConfig, model: nn.Module) -> None:
+        super()._prepare_model(peft_config, model)
+        keep_as_stored(model)
 
     @staticmethod
     def _create_new_module(lora_config: TsdConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> TsdLayer:

@@ -12,8 +12,9 @@ from peft.mapping import (
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from ..layer import unsupported
+from ..dispatch import unsupported
 from ..model import DirectedModel, adapted_layers, warn_as_saved
+from ..quantized import is_quantized
 from ..zero_checkpoints import completed
 from .config import DashConfig, DashType
 from .layer import DashLayer, own_names, with_directions
@@ -64,7 +65,13 @@ class DashModel(DirectedModel, BaseTuner):
                 f"{current_key} already carries adapters of type {type(target).__module__}.{type(target).__name__}; "
                 "directions cannot be added to them. Merge or unload them first, or use a fresh model."
             )
-        if reason := unsupported(base):
+        reason = unsupported(base)
+        if is_quantized(base):
+            reason = (
+                f"its weight is quantized ({type(base).__name__}), and what another method changes is read from a "
+                "merged copy of it; load the base model in bfloat16, or use TsdConfig, which takes quantized weights"
+            )
+        if reason:
             raise ValueError(
                 f"{current_key} cannot be given directions: {reason}. "
                 f"Leave it out of target_modules, or name it in exclude_modules=[{current_key!r}]."

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -22,6 +21,7 @@ from transformers.trainer_callback import TrainerCallback
 from ..directions import LowRank, check_matrix, rates_on
 from ..distributed import is_main_process
 from ..layer import TsdLayer
+from ..quantized import dequantized, is_quantized
 from ..spectrum import Spectrum, as_double
 from .measure import check_settings
 from .trajectory import INDEX, read_index, same_norm, step_files, step_name, write_index
@@ -228,7 +228,9 @@ class DirectionRecorder(TrainerCallback):
 def frozen_weight(layer: LoraLayer) -> Tensor:
     """The frozen base weight of a LoRA layer as a matrix (out, in): a view of it, or de-quantized."""
     base = layer.get_base_layer()
-    weight: Tensor = dequantize_module_weight(base).detach()
+    if is_quantized(base):
+        return dequantized(base, layer.in_features)
+    weight: Tensor = base.weight.detach()
     return weight.T if isinstance(base, Conv1D) else weight.flatten(1)
 
 
@@ -244,13 +246,12 @@ def _unsupported(layer: LoraLayer, adapter: str) -> str | None:
     if adapter not in layer.lora_A:
         return f"no A and B of an adapter {adapter!r}: an embedding, or an adapter of other layers"
     base = layer.get_base_layer()
-    if not isinstance(base, (nn.Linear, Conv1D, nn.Conv2d)):
+    if not (is_quantized(base) or isinstance(base, (nn.Linear, Conv1D, nn.Conv2d))):
         return f"of type {type(base).__name__}: only Linear, Conv1D and Conv2d weights have directions here"
     if isinstance(base, nn.Conv2d) and base.groups != 1:
         return f"a convolution in {base.groups} groups, whose LoRA is not a change of the kernel's shape"
     if adapter in layer.lora_variant:
         return f"its change is not B·A alone ({type(layer.lora_variant[adapter]).__name__})"
-    weight = base.weight
-    if weight.is_meta or isinstance(weight, DTensor):
+    if any(weight.is_meta or isinstance(weight, DTensor) for weight in base.parameters()):
         return "its weight is offloaded or sharded over processes; it must be whole in memory"
     return None

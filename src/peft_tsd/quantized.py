@@ -1,0 +1,266 @@
+"""Base layers that do not store the matrix they multiply with: quantized, in every form that PEFT's LoRA trains on.
+
+Training needs no weight of a frozen layer, only its output, so that the one thing to find out is the matrix
+itself, for identification: in one layer at a time, de-quantized by the library that quantized it, or, for kernels that
+offer no such thing, read from the layer's output for the unit vectors. PEFT's own layer of each kind is kept: what
+it does to merge into it is done with the whole change of the adapter.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import chain
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils.integrations import dequantize_bnb_weight
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from .config import TsdConfig
+from .errors import one_line
+from .layer import TsdLayer, linear_gradient
+from .spectrum import BLOCK
+from .stacked import Factors, add_product
+
+KINDS = {
+    "Linear4bit": "bitsandbytes, 4-bit",
+    "Linear8bitLt": "bitsandbytes, 8-bit",
+    "TorchaoLoraLinear": "torchao",
+    "HqqLoraLinear": "HQQ",
+    "GPTQLoraLinear": "GPTQ",
+    "AwqLoraLinear": "AWQ",
+    "AqlmLoraLinear": "AQLM",
+    "EetqLoraLinear": "EETQ",
+    "IncLoraLinear": "Intel Neural Compressor",
+    "Linear": "a tensor type of its own",
+}
+"""PEFT's classes for LoRA on quantized layers, and what was quantized with what."""
+
+MERGEABLE = ("Linear4bit", "Linear8bitLt", "TorchaoLoraLinear", "HqqLoraLinear")
+"""Those of them that can quantize a merged weight anew."""
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+_PLAIN = (nn.Parameter, Tensor, DTensor)
+
+# Starts of A and B for which PEFT reads the base weight, or its dtype.
+_READS_WEIGHT = ("pissa", "olora", "orthogonal")
+_NEEDS_MORE = ("corda", "lora_ga")
+
+
+def is_quantized(base: nn.Module) -> bool:
+    """Whether a layer stores its weight in another form than the matrix it multiplies with."""
+    weight = getattr(base, "weight", None)
+    if weight is None:  # linear layers of GPTQ, AWQ, AQLM and HQQ; other modules have no such features
+        return hasattr(base, "in_features") or hasattr(base, "infeatures")
+    return type(weight) not in _PLAIN or weight.dtype not in _FLOATS
+
+
+@torch.no_grad()
+def dequantized(base: Any, in_features: int) -> Tensor:
+    """The matrix (out, in) that a quantized linear layer multiplies with, in the dtype that its library gives it.
+
+    Args:
+        base: The layer.
+        in_features: Length of its input.
+
+    Raises:
+        ValueError: Its weight is sharded over processes, or in a form that cannot be read.
+    """
+    weight: Any = getattr(base, "weight", None)
+    if any(isinstance(tensor, DTensor) for tensor in _tensors(base)):
+        raise ValueError(
+            f"its quantized weight ({type(base).__name__}) is sharded over processes, and a part of it cannot be "
+            "de-quantized; train with DDP, or load the base model in bfloat16."
+        )
+    kind = type(weight).__name__
+    if kind == "Params4bit":
+        keep_as_stored(base)
+        return cast(Tensor, dequantize_bnb_weight(weight))
+    if kind == "Int8Params":
+        # PEFT's dequantize_module_weight would lose the scales of a layer on the CPU.
+        return weight.data if weight.is_floating_point() else cast(Tensor, dequantize_bnb_weight(weight, base.state))
+    if hasattr(base, "W_q"):  # HQQ
+        return cast(Tensor, base.dequantize())
+    if isinstance(weight, Tensor) and type(weight) not in _PLAIN:
+        return weight.dequantize()
+    return from_outputs(base, in_features)
+
+
+@torch.no_grad()
+def from_outputs(base: Any, in_features: int) -> Tensor:
+    """The matrix (out, in) of a linear layer, from its output for each unit vector: exact where its kernel is."""
+    like = next((tensor for tensor in _tensors(base) if tensor.dtype in _FLOATS), None)
+    if like is None:
+        raise ValueError(f"its quantized weight ({type(base).__name__}) cannot be read; load the base in bfloat16.")
+    bias = getattr(base, "bias", None)
+    if bias is not None:
+        base.bias = None
+    try:
+        units = (F.one_hot(places, in_features) for places in torch.split(torch.arange(in_features), BLOCK))
+        return torch.cat([base(unit.to(like)) for unit in units]).mT
+    finally:
+        if bias is not None:
+            base.bias = bias
+
+
+def keep_as_stored(model: nn.Module) -> None:
+    """Have bitsandbytes leave 4-bit weights in the layout in which they were quantized, and bring them back to it.
+
+    On CPUs with AVX512-BF16 the first evaluation would lay them out anew: with rounded scales, in another order than
+    PEFT reads, and so that no gradient passes them any longer.
+    """
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                module.state_dict()  # saves them as they were, and so makes them that
+
+
+class QuantizedLayer(TsdLayer):
+    """TSD on a quantized layer, mixed in before PEFT's own class for its kind."""
+
+    base_layer: nn.Module
+    without_directions: type[nn.Module]
+    """PEFT's own class of this layer."""
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: TsdConfig, **kwargs: Any) -> None:
+        init = str(getattr(config, "init_lora_weights", "")).lower()
+        if init.startswith(_NEEDS_MORE):
+            raise ValueError(
+                f"{kwargs.get('target_name') or 'A layer'} is quantized ({type(self.get_base_layer()).__name__}), and "
+                f"init_lora_weights={config.init_lora_weights!r} is for full weights: use True or 'pissa', or load "
+                "the base model in bfloat16."
+            )
+        with self._whole_weight() if init.startswith(_READS_WEIGHT) else nullcontext():
+            super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    @contextmanager
+    def _whole_weight(self) -> Iterator[None]:
+        """A linear layer with the de-quantized weight in place of the base layer, for PEFT to start A and B from."""
+        base: nn.Module = self.base_layer
+        stand_in = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        stand_in.weight = nn.Parameter(self.weight_matrix(), requires_grad=False)
+        self.base_layer = stand_in
+        try:
+            yield
+        finally:
+            self.base_layer = base
+
+    def weight_matrix(self) -> Tensor:
+        """The frozen base weight as a matrix (out, in), de-quantized anew each time.
+
+        Raises:
+            ValueError: It is sharded over processes.
+        """
+        base = self.get_base_layer()
+        if any(tensor.is_meta for tensor in _tensors(base)):
+            return torch.empty(self.matrix_shape, device="meta")
+        return dequantized(base, self.in_features)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    def like_base(self, matrix: Tensor) -> Tensor:
+        return matrix
+
+    def weight_gradient(self, x: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        return linear_gradient(x, gradient, dtype)
+
+    def _add_product(self, result: Tensor, x: Tensor, factors: Factors) -> Tensor:
+        return add_product(result, x, factors)
+
+    def check_mergeable(self) -> None:
+        """Refuse to merge what PEFT cannot put into a weight of this kind.
+
+        Raises:
+            ValueError: It cannot.
+        """
+        advice = "use export_lora(model, out) for a plain LoRA, which is exact and loads onto the quantized base."
+        kind = self.without_directions.__name__
+        if kind not in MERGEABLE:
+            raise ValueError(f"PEFT cannot merge into weights of this kind ({KINDS[kind]}): {advice}")
+        if any(self.lora_bias.values()):
+            raise ValueError(f"PEFT merges a lora_bias into a quantized layer without LoRA's scaling: {advice}")
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge adapters, one after the other: PEFT de-quantizes the weight for each, and quantizes it anew."""
+        self.check_mergeable()
+        for adapter in check_adapters_to_merge(self, adapter_names):
+            if self.carries(adapter):
+                with self._same_bias():
+                    super().merge(safe_merge=safe_merge, adapter_names=[adapter])
+
+    def unmerge(self) -> None:
+        """Take all merged adapters out again: what is left is the base but for the rounding of quantizing it anew."""
+        with self._same_bias():
+            super().unmerge()
+
+    @contextmanager
+    def _same_bias(self) -> Iterator[None]:
+        bias = getattr(self.get_base_layer(), "bias", None)
+        yield
+        if bias is not None:
+            self.get_base_layer().bias = bias  # which the new layer that PEFT makes for HQQ lacks
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made when it is needed, and cannot be found by its name.
+        return _empty, (self.without_directions,), vars(self)
+
+
+def quantized_layer(target: nn.Module, adapter_name: str, config: TsdConfig, **kwargs: Any) -> QuantizedLayer | None:
+    """The TSD layer for a quantized module, made from the one that PEFT's LoRA has for it; None where it has none.
+
+    Args:
+        target: The module.
+        adapter_name: Name of the adapter.
+        config: Its configuration.
+        kwargs: What PEFT gives its dispatchers, with `r` and `lora_alpha`.
+
+    Raises:
+        ValueError: PEFT refuses the configuration for this kind of weight.
+    """
+    blank = copy.copy(config)
+    blank.init_lora_weights = False
+    # PEFT asks this of the whole model; a layer that was put in by hand is as good.
+    kwargs = {**kwargs, "loaded_in_4bit": True, "loaded_in_8bit": True}
+    # Without memory, so that no random number is drawn twice: A and B are made below, as on any other layer.
+    try:
+        with torch.device("meta"):
+            layer: Any = LoraModel._create_new_module(blank, adapter_name, target, **kwargs)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        name = kwargs.get("target_name") or type(target).__name__
+        raise ValueError(f"{name} cannot carry a {config.method} adapter. PEFT says: {one_line(error)}") from None
+    base: Any = layer.get_base_layer()
+    packed_by_hand = type(base) is nn.Linear and type(base.weight) is nn.Parameter
+    if type(layer).__name__ not in KINDS or packed_by_hand:
+        return None
+    inner: Any = type(layer)
+    layer.__class__ = _class_on(inner)
+    r, lora_alpha = kwargs.pop("r"), kwargs.pop("lora_alpha")
+    layer.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+    return cast(QuantizedLayer, layer)
+
+
+@functools.cache
+def _class_on(inner: Any) -> Any:
+    names = {"__module__": __name__, "without_directions": inner}
+    return type(f"Tsd{inner.__name__}", (QuantizedLayer, inner), names)
+
+
+def _empty(inner: Any) -> Any:
+    cls = _class_on(inner)
+    return cls.__new__(cls)
+
+
+def _tensors(base: nn.Module) -> Iterator[Tensor]:
+    return chain(base.parameters(), base.buffers())
