@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from .config import TsdConfig
+from .config import REFUSED_FIELDS, TsdConfig
 from .layer import Conv2d, Linear, TsdLayer
 from .quantized import is_quantized, quantized_layer
 
@@ -48,9 +48,11 @@ def unsupported(base: nn.Module) -> str | None:
     if is_quantized(base):
         return f"its weight is quantized ({type(base).__name__}{_dtype(base)}); load the base model in bfloat16"
     if not isinstance(base, (nn.Linear, Conv1D, nn.Conv2d)):
+        stacks = " and ".join(_stacks(base))
+        experts = f" (its {stacks} hold one matrix for each expert)" if stacks else ""
         return (
             f"it is of type {type(base).__name__}, and only Linear, Conv1D and Conv2d weights have directions here"
-            f"{_experts(base)}"
+            f"{experts}"
         )
     if isinstance(base, nn.Conv2d):
         if base.groups != 1:
@@ -63,14 +65,36 @@ def unsupported(base: nn.Module) -> str | None:
     return None
 
 
+def check_experts(config: TsdConfig, model: nn.Module) -> None:
+    """Refuse names in target_modules that no module has, where a model has experts: most likely their parts are meant.
+
+    Elsewhere, as with PEFT's LoRA, one list of names may serve models that have only some of them.
+
+    Raises:
+        ValueError: There are such names.
+    """
+    experts = [f"{name}.{stack}" for name, module in model.named_modules() for stack in _stacks(module)]
+    if not experts or not config.target_modules or isinstance(config.target_modules, str):
+        return
+    endings = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    missing = sorted(name for name in config.target_modules if name.rpartition(".")[2] not in endings)
+    if missing:
+        raise ValueError(
+            f"target_modules={missing} name no module of the model. If parts of its experts are meant, such as "
+            f"{experts[0]}: {REFUSED_FIELDS['target_parameters']}."
+        )
+
+
 def _dtype(base: nn.Module) -> str:
     weight = getattr(base, "weight", None)
     return f", {weight.dtype}" if isinstance(weight, Tensor) else ""
 
 
-def _experts(base: nn.Module) -> str:
-    stacks = [name for name, parameter in base.named_parameters(recurse=False) if parameter.ndim == 3]
-    return f" (its {' and '.join(stacks)} hold one matrix for each expert)" if stacks else ""
+def _stacks(module: nn.Module) -> list[str]:
+    """The names of the parameters of a module that hold one matrix for each of its experts."""
+    if isinstance(module, nn.Conv1d):
+        return []
+    return [name for name, one in module.named_parameters(recurse=False) if one.ndim == 3 and len(one) > 1]
 
 
 def _split(base: nn.Module) -> str | None:

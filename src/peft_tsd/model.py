@@ -12,8 +12,8 @@ import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 
-from .config import REFUSED_FIELDS, DirectionSettings, TsdConfig
-from .dispatch import create_layer
+from .config import DirectionSettings, TsdConfig
+from .dispatch import check_experts, create_layer
 from .distributed import is_sharded, whole
 from .layer import DirectedLayer, TsdLayer, used_columns
 from .quantized import QuantizedLayer, keep_as_stored
@@ -220,14 +220,6 @@ class TsdModel(DirectedModel, LoraModel):
 
     tuner_layer_cls = TsdLayer
 
-    def _check_new_adapter_config(self, config: TsdConfig) -> None:
-        super()._check_new_adapter_config(config)
-        if config.target_parameters:  # which PEFT has made of target_modules, where these name experts
-            raise ValueError(
-                f"target_modules name parts of the experts, {sorted(config.target_parameters)}, which cannot carry a "
-                f"{config.method} adapter: {REFUSED_FIELDS['target_parameters']}."
-            )
-
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
@@ -243,6 +235,7 @@ class TsdModel(DirectedModel, LoraModel):
 
     def _prepare_model(self, peft_config: TsdConfig, model: nn.Module) -> None:
         super()._prepare_model(peft_config, model)
+        check_experts(peft_config, model)
         keep_as_stored(model)
 
     @staticmethod
