@@ -127,9 +127,7 @@ def test_whole_tied_modules_beside_an_adapter_stay_tied():
 
 def test_experts_named_in_target_modules_are_refused_before_anything_is_changed():
     model = mixtral()
-    with pytest.raises(
-        ValueError, match=r"=\['w1', 'w3'\] name no module .*experts.gate_up_proj: .* each expert; "
-    ):
+    with pytest.raises(ValueError, match=r"=\['w1', 'w3'\] name no module .*experts.gate_up_proj: .* each expert; "):
         get_peft_model(model, tiny.config(target_modules=["q_proj", "w3", "w1"]))
     assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
 

@@ -140,12 +140,11 @@ def _groups(layers: Mapping[str, DirectedLayer], memory: float) -> Iterator[dict
 
 
 def _dtype(layer: DirectedLayer) -> torch.dtype:
-    return torch.promote_types(layer.get_base_layer().weight.dtype, torch.float32)
+    return torch.promote_types(layer.weight_dtype, torch.float32)
 
 
 def _zeros(layer: DirectedLayer) -> Tensor:
-    device = layer.get_base_layer().weight.device
-    return torch.zeros(layer.matrix_shape, dtype=_dtype(layer), device=device)
+    return torch.zeros(layer.matrix_shape, dtype=_dtype(layer), device=layer.weight_device)
 
 
 @contextmanager

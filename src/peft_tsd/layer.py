@@ -204,6 +204,18 @@ class DirectedLayer(_Mixin):
         return (others[0], first) if isinstance(base, Conv1D) else (first, math.prod(others))
 
     @property
+    def weight_dtype(self) -> torch.dtype:
+        """The dtype of the weight as a matrix."""
+        dtype: torch.dtype = self.get_base_layer().weight.dtype
+        return dtype
+
+    @property
+    def weight_device(self) -> torch.device:
+        """Where the weight is; "meta" where it is offloaded."""
+        device: torch.device = self.get_base_layer().weight.device
+        return device
+
+    @property
     def cost(self) -> float:
         """What factorizing the weight costs, in the unit of one multiplication: `min(out, in)² · max(out, in)`."""
         short, long = sorted(self.matrix_shape)
@@ -331,12 +343,12 @@ class DirectedLayer(_Mixin):
         Raises:
             ValueError: It is not in memory, or flattened.
         """
-        weight = self.get_base_layer().weight
-        if weight.is_meta:
+        if self.weight_device.type == "meta":
             raise ValueError(
                 "its base weight is offloaded (on the meta device); keep the weights of adapted layers in memory."
             )
-        if len(shape_of(weight)) < 2:
+        weight = getattr(self.get_base_layer(), "weight", None)
+        if weight is not None and len(shape_of(weight)) < 2:
             raise ValueError(
                 f"its base weight is flattened to shape {tuple(weight.shape)}, as FSDP1 does; use fsdp_version: 2."
             )

@@ -28,6 +28,7 @@ from .distributed import is_sharded, shape_of, share_out, whole, write
 from .errors import in_layer
 from .layer import DirectedLayer
 from .model import config_of, steps_taken
+from .quantized import QuantizedLayer
 from .spectrum import Spectrum
 
 CHECKED_LAYERS = 16
@@ -76,8 +77,8 @@ def checked_layers(layers: Mapping[str, DirectedLayer]) -> dict[str, DirectedLay
 
 def _held_bytes(layer: DirectedLayer) -> int:
     kept = 8 * min(layer.matrix_shape) ** 2
-    if is_sharded(layer):  # the weight that was put together
-        kept += math.prod(layer.matrix_shape) * layer.get_base_layer().weight.dtype.itemsize
+    if is_sharded(layer) or isinstance(layer, QuantizedLayer):  # the weight that was put together, or de-quantized
+        kept += math.prod(layer.matrix_shape) * layer.weight_dtype.itemsize
     return kept
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .config import TsdConfig
+from .distributed import is_sharded
 from .errors import one_line
 from .layer import TsdLayer, linear_gradient
 from .spectrum import BLOCK
@@ -72,14 +73,9 @@ def dequantized(base: Any, in_features: int) -> Tensor:
         in_features: Length of its input.
 
     Raises:
-        ValueError: Its weight is sharded over processes, or in a form that cannot be read.
+        ValueError: Its weight is in a form that cannot be read.
     """
     weight: Any = getattr(base, "weight", None)
-    if any(isinstance(tensor, DTensor) for tensor in _tensors(base)):
-        raise ValueError(
-            f"its quantized weight ({type(base).__name__}) is sharded over processes, and a part of it cannot be "
-            "de-quantized; train with DDP, or load the base model in bfloat16."
-        )
     kind = type(weight).__name__
     if kind == "Params4bit":
         keep_as_stored(base)
@@ -156,15 +152,26 @@ class QuantizedLayer(TsdLayer):
             self.base_layer = base
 
     def weight_matrix(self) -> Tensor:
-        """The frozen base weight as a matrix (out, in), de-quantized anew each time.
+        """The frozen base weight as a matrix (out, in), de-quantized anew each time."""
+        return dequantized(self.get_base_layer(), self.in_features)
 
-        Raises:
-            ValueError: It is sharded over processes.
-        """
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return torch.float32  # the widest of those that libraries de-quantize to
+
+    @property
+    def weight_device(self) -> torch.device:
+        devices = {tensor.device for tensor in _tensors(self.get_base_layer())}
+        return max(devices, key=lambda device: device.type == "meta")
+
+    def check_layout(self, adapter: str) -> None:
         base = self.get_base_layer()
-        if any(tensor.is_meta for tensor in _tensors(base)):
-            return torch.empty(self.matrix_shape, device="meta")
-        return dequantized(base, self.in_features)
+        if is_sharded(base):
+            raise ValueError(
+                f"its quantized weight ({type(base).__name__}) is sharded over processes, and a part of it cannot be "
+                "de-quantized; train with DDP, or load the base model in bfloat16."
+            )
+        super().check_layout(adapter)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
