@@ -1,20 +1,26 @@
 """Quantized base weights: the same directions and the same function as on the de-quantized model, in every kind."""
 
 import copy
+import importlib.util
 import pickle
+import shutil
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoHaConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from safetensors.torch import load_file
 from torch import nn
 
 import reference
+import text_models
 import tiny
-from peft_tsd import DashConfig, TransitionError, export_lora, identify_from_gradients
+from peft_tsd import DashConfig, TransitionError, export_lora, identify_from_gradients, training
 from peft_tsd.explore.recorder import frozen_weight
 from peft_tsd.quantized import QuantizedLayer, from_outputs, is_quantized, keep_as_stored
+from peft_tsd.recipe import RecipeError, load_recipe
+from peft_tsd.run_folder import RunFolder
 from quantized_models import (
     EXACT,
     KINDS,
@@ -434,3 +440,90 @@ def test_an_unreadable_weight_is_refused():
 def test_skips_say_why(package):
     with pytest.raises(pytest.skip.Exception, match=f"{package} is not installed"):
         need(package)
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder with a tiny Llama and 20 rows of data."""
+    text_models.llama_folder(tmp_path / "model")
+    text_models.jsonl(tmp_path / "data.jsonl", text_models.rows(20))
+    return tmp_path
+
+
+@pytest.mark.parametrize("quantization", ["bnb-4bit", "bnb-8bit"])
+def test_a_recipe_quantizes_its_model(quantization, place):
+    recipe = load_recipe(str(text_models.write_recipe(place)), [f"model.quantization={quantization}"])
+    result = training.train(recipe)
+    layers = layers_of(result.model)
+    assert len(layers) == 4
+    assert all(isinstance(layer, QuantizedLayer) for layer in layers.values())
+    metrics = result.folder.read_metrics()
+    assert metrics["status"] == "finished"
+    assert metrics["loss"][-1]["loss"] < metrics["loss"][0]["loss"]
+    again = training.evaluate(str(result.folder.path))
+    assert again["score"] == metrics["score"]["after"]
+    unquantized = load_recipe(str(result.folder.recipe), ["model.quantization=null"])
+    assert training.evaluate(str(result.folder.path), unquantized)["questions"] == again["questions"]
+    stopped = load_recipe(str(text_models.write_recipe(place)), [f"model.quantization={quantization}"])
+    stopped = stopped.model_copy(update={"output": str(place / "stopped")})
+    shutil.copytree(result.folder.path, stopped.output)
+    other = RunFolder(stopped.output)
+    for path in (other.adapter, other.adapter_lora, other.checkpoints / "checkpoint-12"):
+        shutil.rmtree(path)
+    other.write_metrics({**metrics, "status": "running", "loss": metrics["loss"][:10]})
+    continued = training.train(stopped.model_copy(update={"resume": True}))
+    for name, tensor in load_file(result.folder.adapter / "adapter_model.safetensors").items():
+        assert torch.equal(tensor, load_file(continued.folder.adapter / "adapter_model.safetensors")[name]), name
+
+
+def test_a_model_that_was_saved_quantized_is_used_as_it_is(place):
+    from transformers import BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    loaded(place / "model", quantization).save_pretrained(place / "packed")
+    for file in (place / "model").glob("tokenizer*"):
+        shutil.copy(file, place / "packed")
+    recipe = text_models.write_recipe(place)
+    result = training.train(load_recipe(str(recipe), [f"model.name={place / 'packed'}"]))
+    assert all(isinstance(layer, QuantizedLayer) for layer in layers_of(result.model).values())
+    with pytest.raises(RecipeError, match=r"model.quantization=bnb-8bit is for full weights, .*quantized already"):
+        training.train(
+            load_recipe(
+                str(recipe),
+                [f"model.name={place / 'packed'}", "model.quantization=bnb-8bit", f"output={place / 'other'}"],
+            )
+        )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.quantization=bnb-2bit"], "model.quantization"),
+        (["model.quantization=bnb-4bit", "method=full"], "is for the methods .*got method=full"),
+        (["model.quantization=bnb-4bit", "method=loha-dash"], "is for the methods .*got method=loha-dash"),
+        (
+            ["model.quantization=bnb-4bit", "task.family=classify", "task.max_new_tokens=16"],
+            "for models that write; got task.family=classify",
+        ),
+    ],
+)
+def test_recipes_that_cannot_be_quantized_are_refused(overrides, message, place):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(str(text_models.write_recipe(place)), overrides)
+
+
+def test_a_gguf_file_is_not_quantized_again(place):
+    (place / "model.gguf").write_bytes(b"GGUF")
+    recipe = load_recipe(
+        str(text_models.write_recipe(place)), [f"model.name={place / 'model.gguf'}", "model.quantization=bnb-4bit"]
+    )
+    with pytest.raises(RecipeError, match=r"quantization=bnb-4bit is for full weights, .*model.gguf' is a GGUF file"):
+        training.train(recipe)
+
+
+def test_a_missing_bitsandbytes_is_said(place, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+    recipe = load_recipe(str(text_models.write_recipe(place)), ["model.quantization=bnb-8bit"])
+    with pytest.raises(RecipeError, match="quantization=bnb-8bit needs the package bitsandbytes: pip install it"):
+        training.train(recipe)

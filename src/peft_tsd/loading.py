@@ -13,8 +13,9 @@ from .errors import RecipeError, did_you_mean, one_line
 from .recipe import Model
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 PACKAGE = "package://"
 
@@ -38,6 +39,8 @@ def locate(model: Model, key: str = "model.name") -> Source:
     Raises:
         RecipeError: A package is not installed, or a file is not there.
     """
+    if model.quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
+        raise RecipeError(f"model.quantization={model.quantization} needs the package bitsandbytes: pip install it")
     options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
     if model.revision is not None:
         options["revision"] = model.revision
@@ -54,6 +57,11 @@ def locate(model: Model, key: str = "model.name") -> Source:
         return Source(str(path), options)
     if path.suffix != ".gguf":
         raise RecipeError(f"{key}={model.name!r} is a file but not a .gguf one; give the model's folder")
+    if model.quantization is not None:
+        raise RecipeError(
+            f"model.quantization={model.quantization} is for full weights, and {key}={model.name!r} is a GGUF file; "
+            "remove model.quantization, or give the model's folder"
+        )
     try:
         import gguf  # noqa: F401
     except ModuleNotFoundError:
@@ -95,16 +103,28 @@ def load_skeleton(config: PretrainedConfig, auto_class: Any, *, trust_remote_cod
     return skeleton
 
 
-def load_model(source: Source, config: PretrainedConfig, auto_class: Any, dtype: str) -> PreTrainedModel:
-    """The model with its weights, on the CPU, in evaluation mode.
+def load_model(
+    source: Source, config: PretrainedConfig, auto_class: Any, dtype: str, quantization: str | None = None
+) -> PreTrainedModel:
+    """The model with its weights, on the CPU (a quantized one: where it will be used), in evaluation mode.
 
     A GGUF file's weights are de-quantized, and the model is an ordinary one afterwards: it can be trained and saved.
+    One that was saved quantized is loaded as it is.
+
+    Args:
+        source: Where it is.
+        config: Its configuration.
+        auto_class: The transformers class for the task.
+        dtype: Of its weights, or what quantized ones are computed with.
+        quantization: `bnb-4bit` or `bnb-8bit`; none by default.
 
     Raises:
         RecipeError: It cannot be loaded, or files lack a part of it; the new head of a classifier is none.
     """
     import torch
     import transformers
+
+    from .quantized import keep_as_stored
 
     options = dict(source.options)
     classifies = auto_class is transformers.AutoModelForSequenceClassification
@@ -114,6 +134,13 @@ def load_model(source: Source, config: PretrainedConfig, auto_class: Any, dtype:
     if "gguf_file" in options and hasattr(transformers, "GgufConfig"):
         # Where a kernel for packed weights is installed they would stay packed, and no layer could be adapted.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    if quantization is not None:
+        if getattr(config, "quantization_config", None) is not None:
+            raise RecipeError(
+                f"model.quantization={quantization} is for full weights, and those of {source.name!r} are quantized "
+                "already; remove model.quantization, and they are used as they are"
+            )
+        options["quantization_config"] = _bitsandbytes(quantization, getattr(torch, dtype))
     with _one_line_errors(source):
         model: PreTrainedModel
         model, found = auto_class.from_pretrained(
@@ -125,6 +152,8 @@ def load_model(source: Source, config: PretrainedConfig, auto_class: Any, dtype:
             raise ValueError(f"its files lack {len(missing)} of its weights, such as {missing[0]}")
     if "gguf_file" in options:
         _clear_quantized_mark(model)
+    # Before the first scores are taken, so that those after training are of the same weights.
+    keep_as_stored(model)
     return model.eval()
 
 
@@ -154,6 +183,19 @@ def check_target_modules(
     for name in names or ():
         if not any(module == name or module.endswith(f".{name}") for module in modules):
             raise RecipeError(f"{key}: no module of the model is named {name!r}{did_you_mean(name, endings)}")
+
+
+def _bitsandbytes(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "bnb-8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def _in_package(name: str, key: str) -> Path:

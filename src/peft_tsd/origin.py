@@ -23,7 +23,7 @@ class Fingerprint(NamedTuple):
     """Tells one base model from another."""
 
     dtype: str
-    """Of its weights; those of another dtype were rounded, and cannot be compared."""
+    """Of its weights, and how they are quantized; those of another dtype were rounded, and cannot be compared."""
     sha256: str
     """Of the names, shapes and a sample of every parameter."""
 
@@ -40,14 +40,18 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     body = getattr(model, "base_model", model)
     digest = hashlib.sha256()
     dtype = torch.float32
+    packed = set()
     for name, parameter in body.named_parameters():
         dtype = parameter.dtype
-        flat = parameter.detach().flatten()
+        if type(parameter) is not nn.Parameter:
+            packed.add(type(parameter).__name__)
+        stored = parameter.data
+        flat = (stored if type(stored) is torch.Tensor else stored.dequantize()).flatten()
         places = torch.linspace(0, len(flat) - 1, min(SAMPLES, len(flat)), dtype=torch.float64).long()
         sample = flat[places.to(flat.device)].cpu().contiguous()
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
         digest.update(sample.view(torch.uint8).numpy().tobytes())
-    return Fingerprint(str(dtype).removeprefix("torch."), digest.hexdigest())
+    return Fingerprint(", ".join([str(dtype).removeprefix("torch."), *sorted(packed)]), digest.hexdigest())
 
 
 def write_origin(folder: Path, base: Fingerprint) -> None:

@@ -49,6 +49,8 @@ class Model(Section):
     """A hub name, a local folder, a GGUF file, or either of the last two in an installed package: `package://NAME/PATH`."""
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantization: Literal["bnb-4bit", "bnb-8bit"] | None = None
+    """Quantize the frozen weights with bitsandbytes: to 4 bits (NF4, its scales quantized too) or 8."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for a model whose author you trust."""
 
@@ -210,6 +212,9 @@ class Adapter(Section):
 
 TSD_METHODS = ("lora-tsd", "lora-dash", "lora-init")
 
+ON_QUANTIZED = (*TSD_METHODS, "lora", "dora", "base")
+"""The methods that a recipe can use with `model.quantization`."""
+
 
 class Directions(Section):
     """What a method of task-specific directions adds to LoRA; the others do not use it. See `peft_tsd.TsdConfig`."""
@@ -370,6 +375,23 @@ class Recipe(Section):
             raise ValueError(
                 f"task.family=glue trains and scores one of GLUE's tasks; got data.tasks={data.tasks!r} and "
                 f"data.train_tasks={data.train_tasks!r}; give for example data.tasks=[rte] alone"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_quantized(self) -> Recipe:
+        quantization, family = self.model.quantization, self.task.family
+        if quantization is None:
+            return self
+        if self.method not in ON_QUANTIZED:
+            raise ValueError(
+                f"model.quantization={quantization} is for the methods {', '.join(ON_QUANTIZED)}; got "
+                f"method={self.method}; use one of them, or remove model.quantization"
+            )
+        if family in ("classify", "glue"):
+            raise ValueError(
+                f"model.quantization={quantization} is for models that write; got task.family={family}, which trains "
+                "a head in full precision; remove model.quantization"
             )
         return self
 

@@ -199,6 +199,7 @@ def check(recipes: Iterable[Recipe]) -> None:
         key = json.dumps(
             [
                 recipe.model.name,
+                recipe.model.quantization,
                 recipe.data.model_dump(),
                 recipe.task.model_dump(),
                 recipe.data_seed,
@@ -228,7 +229,7 @@ def _prepare(recipe: Recipe, *, to_train: bool = True) -> _Job:
         # A classifier's new head is drawn here, and must be the same whenever the run is continued or scored.
         set_seed(recipe.seed)
         dtype = "float32" if recipe.method == "full" and to_train else recipe.model.dtype
-        model = load_model(source, config, task.auto_class, dtype)
+        model = load_model(source, config, task.auto_class, dtype, recipe.model.quantization)
         # A GGUF file carries a title, which the saved adapter would otherwise name as its base model.
         model.name_or_path = source.name
         return model
