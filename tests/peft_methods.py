@@ -149,6 +149,7 @@ arithmetic: the directions at the transition, the output, merge and unmerge, the
 *ΔW* says whether the method adds something to W or makes a new weight of it. *Export* says what `export_lora` needs to
 write a plain LoRA. `exact`: nothing, PEFT too converts such an adapter to one. `rank=`: how much to keep of a ΔW that
 may be of full rank. The directions are exact in either. The merged weights (`merge_and_unload`) hold everything.
+[Quantized](quantized.md) base weights are refused here, and taken by `TsdConfig`.
 
 | method | PEFT type | directions | ΔW | export | why not |
 | --- | --- | --- | --- | --- | --- |"""

@@ -9,7 +9,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoHaConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import (
+    EvaConfig,
+    LoHaConfig,
+    PeftModel,
+    get_peft_model,
+    initialize_lora_eva_weights,
+    prepare_model_for_kbit_training,
+)
 from safetensors.torch import load_file
 from torch import nn
 
@@ -168,8 +175,8 @@ def test_gradients_pass_a_4_bit_base_that_was_evaluated(kind, folder):
 
 
 @pytest.mark.parametrize("kind", MERGEABLE)
-def test_a_merge_holds_the_whole_change_of_every_adapter(kind, folder, method):
-    model = adapted(quantized(kind, folder), **method)
+def test_a_merge_holds_the_whole_change_of_every_adapter(kind, folder):
+    model = adapted(quantized(kind, folder))
     tiny.train(model, 6)
     model.add_adapter("other", tiny.config("lora-dash", target_modules=TARGETS))
     model.set_adapter("other")
@@ -257,6 +264,18 @@ def test_starts_taken_from_the_dequantized_weight(kind, init, folder):
         product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
         torch.testing.assert_close(product, other.lora_B["default"].weight @ other.lora_A["default"].weight)
         assert layer.lora_A["default"].weight.norm() > 0.1
+    tiny.train(model, 4)
+    assert model.phase() == "dash"
+
+
+def test_a_start_from_activations(folder):
+    data = [{"input_ids": tiny.tokens(8, 9, seed=seed)} for seed in range(3)]
+    config = EvaConfig(rho=1.0)
+    model = adapted(quantized("bnb-nf4", folder), "lora-dash", init_lora_weights="eva", eva_config=config)
+    before = {name: layer.lora_A["default"].weight.clone() for name, layer in layers_of(model).items()}
+    initialize_lora_eva_weights(model, data)
+    for name, layer in layers_of(model).items():
+        assert not torch.equal(layer.lora_A["default"].weight, before[name])
     tiny.train(model, 4)
     assert model.phase() == "dash"
 
@@ -366,6 +385,24 @@ def test_layers_put_in_by_hand_are_known_by_themselves():
     assert (model(torch.eye(64)) - expected).norm() < 0.2 * expected.norm()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_layers_that_were_stored_transposed(bits, tmp_path):
+    from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=64, n_layer=1, n_head=4, n_positions=32)).save_pretrained(
+        tmp_path
+    )
+    base = loaded(tmp_path, BitsAndBytesConfig(**{f"load_in_{bits}bit": True}))
+    model = adapted(base, target_modules=["c_attn"])
+    tiny.train(model, 6)
+    (layer,) = layers_of(model).values()
+    assert layer.weight_matrix().shape == layer.matrix_shape == (192, 64)
+    assert torch.equal(layer.weight_matrix(), library_weight(layer.get_base_layer()))
+    expected = logits(model)
+    model.merge_adapter()
+    assert (logits(model) - expected).norm() < 0.15 * expected.norm()
+
+
 def test_an_offloaded_weight_is_refused_before_anything_is_written(folder):
     model = adapted(quantized("bnb-nf4", folder), prelaunch_steps=1)
     first = next(iter(layers_of(model).values()))
@@ -390,7 +427,7 @@ def test_a_sharded_weight_is_refused(folder):
         destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["bnb-nf4", "torchao-int8", "hqq-4bit", "gptq"])
 def test_directions_beside_other_methods_are_refused(kind, folder):
     base = quantized(kind, folder)
     with pytest.raises(ValueError, match=r"cannot be given directions: its weight is quantized .*use TsdConfig"):
