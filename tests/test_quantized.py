@@ -403,6 +403,25 @@ def test_layers_that_were_stored_transposed(bits, tmp_path):
     assert (logits(model) - expected).norm() < 0.15 * expected.norm()
 
 
+def test_float8_that_hooks_widen():
+    from diffusers.hooks import apply_layerwise_casting
+
+    twin, base = whole(), whole()
+    for name, parameter in twin.named_parameters():
+        if "proj" in name:
+            parameter.data = parameter.data.to(torch.float8_e4m3fn).float()
+    apply_layerwise_casting(base, torch.float8_e4m3fn, torch.float32, skip_modules_pattern=("norm", "embed", "head"))
+    twin, model = adapted(twin), adapted(base)
+    assert model.base_model.model.model.layers[0].mlp.down_proj.get_base_layer().weight.dtype == torch.float8_e4m3fn
+    for layer, other in zip(layers_of(model).values(), layers_of(twin).values()):
+        assert torch.equal(layer.weight_matrix(), other.weight_matrix())
+        other.lora_A["default"].weight.data.copy_(layer.lora_A["default"].weight)  # which PEFT rounds to float8
+    losses, expected = tiny.train(model, 6), tiny.train(twin, 6)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-4, atol=0)
+    with pytest.raises(ValueError, match=r"cannot merge into .* kind \(float8, or a tensor type of its own\)"):
+        model.merge_adapter()
+
+
 def test_an_offloaded_weight_is_refused_before_anything_is_written(folder):
     model = adapted(quantized("bnb-nf4", folder), prelaunch_steps=1)
     first = next(iter(layers_of(model).values()))

@@ -40,7 +40,7 @@ KINDS = {
     "AqlmLoraLinear": "AQLM",
     "EetqLoraLinear": "EETQ",
     "IncLoraLinear": "Intel Neural Compressor",
-    "Linear": "a tensor type of its own",
+    "Linear": "float8, or a tensor type of its own",
 }
 """PEFT's classes for LoRA on quantized layers, and what was quantized with what."""
 
@@ -87,6 +87,8 @@ def dequantized(base: Any, in_features: int) -> Tensor:
         return cast(Tensor, base.dequantize())
     if isinstance(weight, Tensor) and type(weight) not in _PLAIN:
         return weight.dequantize()
+    if type(base) is nn.Linear:  # float8, which hooks widen for each forward pass
+        return cast(Tensor, weight.float())
     return from_outputs(base, in_features)
 
 
@@ -248,8 +250,8 @@ def quantized_layer(target: nn.Module, adapter_name: str, config: TsdConfig, **k
         name = kwargs.get("target_name") or type(target).__name__
         raise ValueError(f"{name} cannot carry a {config.method} adapter. PEFT says: {one_line(error)}") from None
     base: Any = layer.get_base_layer()
-    packed_by_hand = type(base) is nn.Linear and type(base.weight) is nn.Parameter
-    if type(layer).__name__ not in KINDS or packed_by_hand:
+    is_integer = type(base) is nn.Linear and type(base.weight) is nn.Parameter and not base.weight.is_floating_point()
+    if type(layer).__name__ not in KINDS or is_integer:  # a plain layer cannot compute with integers
         return None
     inner: Any = type(layer)
     layer.__class__ = _class_on(inner)
