@@ -122,19 +122,19 @@ def test_trl(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("engine", "processes"),
+    ("engine", "others"),
     [
-        ("ddp", 1),
-        ("fsdp2", 4),
-        pytest.param("zero2", 2, marks=needs_deepspeed),
-        pytest.param("zero3", 2, marks=needs_deepspeed),
+        ("ddp", (1, 1)),
+        ("fsdp2", (4, 1)),
+        pytest.param("zero2", (2, 2), marks=needs_deepspeed),
+        pytest.param("zero3", (2, 2), marks=needs_deepspeed),
     ],
 )
-def test_checkpoints_of_two_processes_continue_in_others(tmp_path, whole, engine, processes):
+def test_checkpoints_of_two_processes_continue_in_others(tmp_path, whole, engine, others):
     """From before and after the transition; what is saved in the end is a whole adapter."""
     first, result = whole(engine)
     assert result["identified_at"] == 3
-    for step in (2, 4):
+    for step, processes in zip((2, 4), others, strict=True):
         place = tmp_path / f"from-{step}"
         shutil.copytree(first, place / "out")
         spec = spec_of(place, "trainer", engine, resume=str(place / "out" / f"checkpoint-{step}"))
