@@ -356,3 +356,9 @@ def test_other_photos_are_not_continued_with(place):
         run(recipe, "resume=true", "seed=1")
     with pytest.raises(RecipeError, match="exists and is not overwritten"):
         run(recipe)
+
+
+def test_a_run_is_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="WORLD_SIZE=2: a run of a recipe is one process"):
+        train(None)

@@ -40,7 +40,8 @@ CONFIG, WEIGHTS, PICKLED, ORIGIN = (
 LARGEST_CONFIG = 16 * 2**20
 """Bytes; the configuration of an adapter that names every layer of a large model has less than one MiB."""
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+"""What the names of tensors in an adapter's file start with."""
 
 # Some methods call another, small, number r, which no tensor needs to have.
 _ORDINARY = 1024
@@ -159,10 +160,10 @@ def check_fits(folder: str | os.PathLike[str], model: nn.Module, adapter_name: s
         found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys() if pattern.search(key)}  # noqa: SIM118
         for key in sorted(wanted.keys() ^ found.keys()):
             lacks = "it lacks" if key in wanted else "the model has no place for its"
-            raise ValueError(f"{lacks} {key.removeprefix(_PREFIX)}")
+            raise ValueError(f"{lacks} {key.removeprefix(PREFIX)}")
         for key, shape in wanted.items():
             if found[key] != shape:
-                raise ValueError(f"its {key.removeprefix(_PREFIX)} is of shape {found[key]}, and should be {shape}")
+                raise ValueError(f"its {key.removeprefix(PREFIX)} is of shape {found[key]}, and should be {shape}")
 
 
 def check_onto(folder: str | os.PathLike[str], config: PeftConfig, skeleton: nn.Module, base_name: str) -> None:
@@ -281,7 +282,7 @@ def _check_ranks(config: PeftConfig, shapes: dict[str, tuple[int, ...]]) -> None
 
 def _rank_of(config: LoraConfig, layer: str) -> int:
     patterns: dict[str, int] = config.rank_pattern or {}
-    return int(patterns.get(get_pattern_key(patterns, layer.removeprefix(_PREFIX)), config.r))
+    return int(patterns.get(get_pattern_key(patterns, layer.removeprefix(PREFIX)), config.r))
 
 
 def _check_layers(config: TsdConfig, shapes: dict[str, tuple[int, ...]], whole_numbers: Collection[str]) -> None:
@@ -299,7 +300,7 @@ def _check_layers(config: TsdConfig, shapes: dict[str, tuple[int, ...]], whole_n
         return _parts(config, a, out)
 
     for layer, found in layers.items():
-        name = layer.removeprefix(_PREFIX)
+        name = layer.removeprefix(PREFIX)
         shape_a, shape_b = (found.get(f"lora_{factor}.weight", ((), False))[0] for factor in "AB")
         if not (shape_a and shape_b):
             raise ValueError(f"layer {name!r} lacks 'lora_A.weight' or 'lora_B.weight'")

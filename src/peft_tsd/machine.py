@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .errors import RecipeError
+
 
 def environment(*packages: str) -> dict[str, Any]:
     """Versions and hardware, for whoever reads a run's metrics later."""
@@ -23,6 +25,19 @@ def environment(*packages: str) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
         },
     }
+
+
+def check_one_process() -> None:
+    """Refuse to be one of several processes.
+
+    Raises:
+        RecipeError: It is one.
+    """
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise RecipeError(
+            f"WORLD_SIZE={processes}: a run of a recipe is one process. Start it without torchrun or accelerate "
+            "launch, or train in several processes with TsdCallback in a Trainer of your own (docs/many-gpus.md)"
+        )
 
 
 def current_device() -> torch.device:

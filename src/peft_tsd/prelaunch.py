@@ -123,12 +123,13 @@ def _check(layers: Mapping[str, DirectedLayer], adapter: str, config: DirectionS
         write(candidates, torch.cat([indices, before[len(indices) :]]))
     agreement = sum(parts) / len(parts)
     number = config.check_steps.index(step)
-    for layer in layers.values():
-        recorded = layer.fixed(adapter).agreement
-        assert recorded is not None
-        values = whole(recorded).clone()
-        values[number] = agreement if number else -1
-        write(recorded, values)
+    recorded = [layer.fixed(adapter).agreement for layer in layers.values()]
+    assert recorded[0] is not None
+    values = whole(recorded[0]).clone()  # all layers record the same
+    values[number] = agreement if number else -1
+    for record in recorded:
+        assert record is not None
+        write(record, values)
     seen = f"{agreement:.3f} of the directions were there at the last check" if number else "first check"
     log.info("pre-launch, step %d, %d layers: %s; %.2f s", step, len(found), seen, time.perf_counter() - start)
     return agreement

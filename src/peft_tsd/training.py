@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 import time
 import warnings
@@ -35,7 +34,7 @@ from .export import export_lora
 from .folders import write_folder
 from .full_disk import room_in
 from .loading import Source, check_target_modules, load_config, load_model, load_skeleton, load_tokenizer, locate
-from .machine import current_device, environment, peak_memory
+from .machine import check_one_process, current_device, environment, peak_memory
 from .methods import AdaLoraCallback, adapter_config, is_adalora
 from .model import PrelaunchWarning
 from .origin import Fingerprint, check_base, fingerprint, read_fingerprint, write_origin
@@ -68,11 +67,7 @@ def train(recipe: Recipe) -> Result:
             the message says was done.
         Interrupted: The run was stopped; it can be continued.
     """
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise RecipeError(
-            f"WORLD_SIZE={processes}: a run of a recipe is one process. Start it without torchrun or accelerate "
-            "launch, or train in several processes with TsdCallback in a Trainer of your own (docs/many-gpus.md)"
-        )
+    check_one_process()
     with interruptible(Path(recipe.output)) as stop:
         job = _prepare(recipe)
         stop.check()

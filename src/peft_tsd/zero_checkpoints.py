@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from . import zero
+from .adapter_files import PREFIX, WEIGHTS
 from .distributed import is_main_process, shape_of, whole, write
 from .errors import one_line
 from .layer import DirectedLayer, FixedDirections
@@ -69,7 +69,7 @@ def restore(layers: Mapping[str, DirectedLayer], adapter: str, step: int, output
     if not step or int(whole(taken)) or not any(zero.is_copied(parameter) for parameter in trained):
         return
     folder = Path(output) / f"checkpoint-{step}"
-    path = (folder if adapter == "default" else folder / adapter) / SAFETENSORS_WEIGHTS_NAME
+    path = (folder if adapter == "default" else folder / adapter) / WEIGHTS
     advice = (
         "DeepSpeed's checkpoints do not hold directions. Build the model of a run that continues with "
         "PeftModel.from_pretrained(base, CHECKPOINT, is_trainable=True)."
@@ -81,14 +81,14 @@ def restore(layers: Mapping[str, DirectedLayer], adapter: str, step: int, output
             f"The directions at step {step} cannot be read from {str(path)!r}: {one_line(error)}. {advice}"
         ) from None
     for key, parameter in _fixed_parameters(layers, adapter):
-        value = next((value for name, value in saved.items() if name.endswith(f".{key}")), None)
+        value = saved.get(PREFIX + key)
         if value is None or value.shape != shape_of(parameter):
             raise ValueError(f"{str(path)!r} does not hold {key} of shape {tuple(shape_of(parameter))}. {advice}")
         write(parameter, value)
 
 
 def _fixed_parameters(layers: Mapping[str, DirectedLayer], adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of all directions, with the ends of their names in a saved adapter."""
+    """The parameters of all directions, with their names in a saved adapter, less `PREFIX`."""
     for name, layer in layers.items():
         for inner, module in layer.named_modules():
             if module is layer.fixed(adapter):

@@ -23,7 +23,7 @@ from transformers.training_args import OptimizerNames
 from ..errors import RecipeError
 from ..folders import write_folder
 from ..full_disk import room_in
-from ..machine import current_device, environment, peak_memory
+from ..machine import check_one_process, current_device, environment, peak_memory
 from ..model import PrelaunchWarning
 from ..run_folder import RunFolder
 from ..run_log import file_only, log, logging_to
@@ -62,6 +62,7 @@ def train(recipe: DreamBooth) -> Result:
         RecipeError: The recipe cannot be carried out.
         Interrupted: The user stopped the run; it can be continued.
     """
+    check_one_process()
     with interruptible(Path(recipe.output)) as stop:
         job = _prepare(recipe)
         stop.check()

@@ -18,7 +18,7 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from ..adapter_files import check_weights
+from ..adapter_files import PREFIX, WEIGHTS, check_weights
 from ..config import REFUSED_FIELDS, TsdConfig
 from ..directions import LowRank
 from ..errors import RecipeError, one_line
@@ -32,9 +32,6 @@ from .weights import Checkpoint, SafetensorsFiles, fetch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ADAPTER = "adapter_model.safetensors"
-
-_PREFIX = "base_model.model."
 
 # Initializations of LoRA that move a part of the base weight into the adapter.
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -208,11 +205,11 @@ def open_adapter(
             f"{name} is an adapter of type {kind}, which changes what the model is given and not its weights; "
             "there are no directions to explore"
         )
-    file = fetch(source, ADAPTER, name)
+    file = fetch(source, WEIGHTS, name)
     if file is None:
         pickled = fetch(source, "adapter_model.bin", name) is not None
         hint = " (adapter_model.bin is pickled and not read: load the adapter with PEFT and save it again)"
-        raise ExploreError(f"{name} has no {ADAPTER}{hint if pickled else '; get the whole adapter'}")
+        raise ExploreError(f"{name} has no {WEIGHTS}{hint if pickled else '; get the whole adapter'}")
     try:
         check_weights(file, config)
     except RecipeError as error:
@@ -263,12 +260,12 @@ def _kind(config: PeftConfig) -> str:
 
 def _adapted_module(key: str) -> str:
     """The module in the base model that a tensor of a LoRA belongs to."""
-    return key.removeprefix(_PREFIX).partition(".lora_")[0]
+    return key.removeprefix(PREFIX).partition(".lora_")[0]
 
 
 def _whole_module(key: str) -> str:
     """The module in the base model whose weight a tensor of an adapter is, if it is one."""
-    return key.removeprefix(_PREFIX).removesuffix(".weight")
+    return key.removeprefix(PREFIX).removesuffix(".weight")
 
 
 def _tuner_layers(
