@@ -7,7 +7,7 @@ import enum
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 from peft import LoraConfig, PeftConfig
 
@@ -30,38 +30,86 @@ class TsdType(str, enum.Enum):
     TSD = "TSD"
 
 
-class DirectionSettings(Protocol):
-    """What every configuration with directions has in common; `TsdConfig` says what each field means."""
+@dataclass
+class DirectionSettings:
+    """Which directions, how many, and when: the fields of every configuration with directions, mixed into PEFT's.
 
-    prelaunch_steps: int | Literal["auto"]
-    prelaunch_min: int
-    prelaunch_max: int
-    settled_agreement: float
-    num_directions: int
-    direction_budget: DirectionBudget
-    max_directions: int | None
-    dash_lr_ratio: float
-    dash_unit: DashUnit
-    selection: Selection
-    eps: float
-    prelaunch_notice_given: bool
+    `TsdConfig` says what each means.
+    """
+
+    prelaunch_steps: int | Literal["auto"] = field(
+        default=100,
+        metadata={"help": "Optimizer steps before the directions are identified; auto; 0: from gradients."},
+    )
+    prelaunch_min: int = field(default=25, metadata={"help": "The fewest steps of an automatic pre-launch."})
+    prelaunch_max: int = field(default=200, metadata={"help": "The most steps of an automatic pre-launch."})
+    settled_agreement: float = field(
+        default=0.9,
+        metadata={"help": "An automatic pre-launch ends where this part of the directions was in the last check's."},
+    )
+    num_directions: int = field(default=8, metadata={"help": "Directions a layer whose change is learned directly."})
+    direction_budget: DirectionBudget = field(
+        default="layer", metadata={"help": "Whether num_directions go to every layer, or as many in all to the model."}
+    )
+    max_directions: int | None = field(
+        default=None, metadata={"help": "The most directions a layer can get of a global budget."}
+    )
+    dash_lr_ratio: float = field(
+        default=1.0,
+        metadata={"help": "The change along a direction is this number times its trained scalar."},
+    )
+    dash_unit: DashUnit = field(
+        default="one", metadata={"help": "What a change along a direction is measured in: one, sigma or layer."}
+    )
+    selection: Selection = field(
+        default="tsd", metadata={"help": "Which directions: tsd, or as a control top, bottom, random, random-change."}
+    )
+    eps: float = field(default=1e-6, metadata={"help": "Keeps a change rate finite where σ is zero."})
+
+    # Not a field: the warning about a missing transition is given once a process, and held while a schedule runs.
+    prelaunch_notice_given = False
 
     @property
     def method(self) -> str:
         """Its name in messages."""
+        raise NotImplementedError
 
-    @property
-    def direction_slots(self) -> int: ...
+    def check_directions(self) -> None:
+        """Refuse values out of range, and combinations that make no sense.
 
-    @property
-    def longest_prelaunch(self) -> int: ...
-
-    @property
-    def check_steps(self) -> tuple[int, ...]: ...
-
-
-class Planned:
-    """What follows from the settings of the pre-launch and of the number of directions; mixed into configurations."""
+        Raises:
+            ValueError: The message says which, and why.
+        """
+        _check_choice("dash_unit", self.dash_unit, get_args(DashUnit))
+        _check_choice("selection", self.selection, get_args(Selection))
+        _check_choice("direction_budget", self.direction_budget, get_args(DirectionBudget))
+        _check_prelaunch_steps(self.prelaunch_steps)
+        _check_positive_int("prelaunch_min", self.prelaunch_min, "the fewest steps of an automatic pre-launch")
+        _check_positive_int("prelaunch_max", self.prelaunch_max, "the most steps of an automatic pre-launch")
+        if self.prelaunch_max < self.prelaunch_min:
+            raise ValueError(
+                f"prelaunch_max={self.prelaunch_max} is less than prelaunch_min={self.prelaunch_min}; give the fewest "
+                "and the most steps of an automatic pre-launch."
+            )
+        _check_positive_float("settled_agreement", self.settled_agreement)
+        if self.settled_agreement > 1:
+            raise ValueError(f"settled_agreement is a part, at most 1; got {self.settled_agreement!r}.")
+        _check_positive_int("num_directions", self.num_directions, "the number of directions a layer")
+        if self.max_directions is not None:
+            _check_positive_int("max_directions", self.max_directions, "the most directions a layer can get")
+            if self.direction_budget == "layer" or self.max_directions < self.num_directions:
+                raise ValueError(
+                    f"max_directions={self.max_directions} is for direction_budget='global', and not less than "
+                    f"num_directions; got direction_budget={self.direction_budget!r}, "
+                    f"num_directions={self.num_directions}."
+                )
+        _check_positive_float("dash_lr_ratio", self.dash_lr_ratio)
+        _check_positive_float("eps", self.eps)
+        if self.direction_budget == "global" and self.selection != "tsd":
+            raise ValueError(
+                f"direction_budget='global' goes by change rates, and selection={self.selection!r} does not; use "
+                "direction_budget='layer'."
+            )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
@@ -76,19 +124,19 @@ class Planned:
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)  # type: ignore[misc]
 
     @property
-    def direction_slots(self: DirectionSettings) -> int:
+    def direction_slots(self) -> int:
         """Scalars a layer holds for its directions: all of `num_directions`, or as many as it may get of a budget."""
         if self.direction_budget == "layer":
             return self.num_directions
         return self.max_directions or 4 * self.num_directions
 
     @property
-    def longest_prelaunch(self: DirectionSettings) -> int:
+    def longest_prelaunch(self) -> int:
         """The most optimizer steps that can pass before the directions are identified."""
         return self.prelaunch_max if self.prelaunch_steps == "auto" else self.prelaunch_steps
 
     @property
-    def check_steps(self: DirectionSettings) -> tuple[int, ...]:
+    def check_steps(self) -> tuple[int, ...]:
         """The steps after which an automatic pre-launch checks its directions; none at `prelaunch_max`, its end."""
         if self.prelaunch_steps != "auto":
             return ()
@@ -122,7 +170,7 @@ _SUBTRACTED_INITS = ("pissa", "pissa_niter_", "olora", "corda", "lora_ga")
 
 
 @dataclass
-class TsdConfig(Planned, LoraConfig):
+class TsdConfig(DirectionSettings, LoraConfig):
     """Configuration of LoRA-Dash, LoRA-Init and LoRA-TSD (Si et al., arXiv 2409.01035).
 
     Training starts with a pre-launch of plain LoRA. After `prelaunch_steps` optimizer steps the task-specific
@@ -196,77 +244,18 @@ class TsdConfig(Planned, LoraConfig):
     """
 
     method: Method = field(default="lora-tsd", metadata={"help": "lora-dash, lora-init or lora-tsd."})
-    prelaunch_steps: int | Literal["auto"] = field(
-        default=100,
-        metadata={"help": "Optimizer steps of plain LoRA before the directions are identified; auto; 0: gradients."},
-    )
-    prelaunch_min: int = field(default=25, metadata={"help": "The fewest steps of an automatic pre-launch."})
-    prelaunch_max: int = field(default=200, metadata={"help": "The most steps of an automatic pre-launch."})
-    settled_agreement: float = field(
-        default=0.9,
-        metadata={"help": "An automatic pre-launch ends where this part of the directions was in the last check's."},
-    )
-    num_directions: int = field(default=8, metadata={"help": "Directions a layer whose change is learned directly."})
-    direction_budget: DirectionBudget = field(
-        default="layer", metadata={"help": "Whether num_directions go to every layer, or as many in all to the model."}
-    )
-    max_directions: int | None = field(
-        default=None, metadata={"help": "The most directions a layer can get of a global budget."}
-    )
     init_reading: InitReading = field(
         default="svd", metadata={"help": "How LoRA-Init starts from the directions: svd or orthonormal."}
     )
-    dash_lr_ratio: float = field(
-        default=1.0,
-        metadata={"help": "The change along a direction is this number times its trained scalar."},
-    )
-    dash_unit: DashUnit = field(
-        default="one", metadata={"help": "What a change along a direction is measured in: one, sigma or layer."}
-    )
-    selection: Selection = field(
-        default="tsd", metadata={"help": "Which directions: tsd, or as a control top, bottom, random, random-change."}
-    )
-    eps: float = field(default=1e-6, metadata={"help": "Keeps a change rate finite where σ is zero."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = TsdType.TSD
-        # Not a field: the warning about a missing transition is given once a process, and held while a schedule runs.
-        self.prelaunch_notice_given = False
-        # Not a field either: whether this is the configuration of weights that exist.
+        # Not a field: whether this is the configuration of weights that exist.
         self.init_is_saved = False
         _check_choice("method", self.method, get_args(Method))
         _check_choice("init_reading", self.init_reading, get_args(InitReading))
-        _check_choice("dash_unit", self.dash_unit, get_args(DashUnit))
-        _check_choice("selection", self.selection, get_args(Selection))
-        _check_choice("direction_budget", self.direction_budget, get_args(DirectionBudget))
-        _check_prelaunch_steps(self.prelaunch_steps)
-        _check_positive_int("prelaunch_min", self.prelaunch_min, "the fewest steps of an automatic pre-launch")
-        _check_positive_int("prelaunch_max", self.prelaunch_max, "the most steps of an automatic pre-launch")
-        if self.prelaunch_max < self.prelaunch_min:
-            raise ValueError(
-                f"prelaunch_max={self.prelaunch_max} is less than prelaunch_min={self.prelaunch_min}; give the fewest "
-                "and the most steps of an automatic pre-launch."
-            )
-        _check_positive_float("settled_agreement", self.settled_agreement)
-        if self.settled_agreement > 1:
-            raise ValueError(f"settled_agreement is a part, at most 1; got {self.settled_agreement!r}.")
-        _check_positive_int("num_directions", self.num_directions, "the number of directions a layer")
-        if self.max_directions is not None:
-            _check_positive_int("max_directions", self.max_directions, "the most directions a layer can get")
-            if self.direction_budget == "layer" or self.max_directions < self.num_directions:
-                raise ValueError(
-                    f"max_directions={self.max_directions} is for direction_budget='global', and not less than "
-                    f"num_directions; got direction_budget={self.direction_budget!r}, "
-                    f"num_directions={self.num_directions}."
-                )
-        _check_positive_float("dash_lr_ratio", self.dash_lr_ratio)
-        _check_positive_float("eps", self.eps)
-        if self.direction_budget == "global" and self.selection != "tsd":
-            raise ValueError(
-                f"direction_budget='global' goes by change rates, and selection={self.selection!r} does not; use "
-                "direction_budget='layer'."
-            )
+        self.check_directions()
         for name, reason in REFUSED_FIELDS.items():
             if getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} cannot be combined with {self.method}: {reason}.")
@@ -302,7 +291,7 @@ class TsdConfig(Planned, LoraConfig):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> TsdConfig:
-        """As `Planned.from_pretrained`; CorDA's start, whose data are gone, is left to the weights' file."""
+        """As `DirectionSettings.from_pretrained`; CorDA's start, whose data are gone, is left to the weights' file."""
         config: TsdConfig = super().from_pretrained(*args, **kwargs)
         config.init_is_saved = True
         return config

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any
 
 from peft import PeftConfig, PeftType
 
-from ..config import DashUnit, DirectionBudget, Planned, TsdConfig
-from ..directions import Selection
+from ..config import DirectionSettings
 from .methods import REFUSED, has_layers, refusal
 
 _KINDS = [kind for kind in PeftType if has_layers(kind) and kind not in REFUSED]
@@ -19,7 +18,7 @@ DashType = enum.Enum("DashType", {kind.name: f"DASH_{kind.value}" for kind in _K
 
 
 @dataclass
-class DashConfig(Planned, PeftConfig):
+class DashConfig(DirectionSettings, PeftConfig):
     """Task-specific directions (Si et al., arXiv 2409.01035) beside another PEFT method.
 
     Training starts with a pre-launch of that method alone. After `prelaunch_steps` optimizer steps the task-specific
@@ -67,33 +66,6 @@ class DashConfig(Planned, PeftConfig):
     peft: PeftConfig = field(
         default=None, metadata={"help": "Configuration of the method beside which directions are learned."}
     )
-    prelaunch_steps: int | Literal["auto"] = field(
-        default=100, metadata={"help": "Optimizer steps of the method alone before the directions are identified."}
-    )
-    prelaunch_min: int = field(default=25, metadata={"help": "The fewest steps of an automatic pre-launch."})
-    prelaunch_max: int = field(default=200, metadata={"help": "The most steps of an automatic pre-launch."})
-    settled_agreement: float = field(
-        default=0.9,
-        metadata={"help": "An automatic pre-launch ends where this part of the directions was in the last check's."},
-    )
-    num_directions: int = field(default=8, metadata={"help": "Directions a layer whose change is learned directly."})
-    direction_budget: DirectionBudget = field(
-        default="layer", metadata={"help": "Whether num_directions go to every layer, or as many in all to the model."}
-    )
-    max_directions: int | None = field(
-        default=None, metadata={"help": "The most directions a layer can get of a global budget."}
-    )
-    dash_lr_ratio: float = field(
-        default=1.0,
-        metadata={"help": "The change along a direction is this number times its trained scalar."},
-    )
-    dash_unit: DashUnit = field(
-        default="one", metadata={"help": "What a change along a direction is measured in: one, sigma or layer."}
-    )
-    selection: Selection = field(
-        default="tsd", metadata={"help": "Which directions: tsd, or as a control top, bottom, random, random-change."}
-    )
-    eps: float = field(default=1e-6, metadata={"help": "Keeps a change rate finite where σ is zero."})
 
     def __post_init__(self) -> None:
         if isinstance(self.peft, dict):  # from a file
@@ -111,10 +83,7 @@ class DashConfig(Planned, PeftConfig):
                 setattr(self, name, getattr(self.peft, name))
         super().__post_init__()
         self.peft_type = DashType[self.peft.peft_type.name]
-        # Not a field: the warning about a missing transition is given once a process, and held while a schedule runs.
-        self.prelaunch_notice_given = False
-        # Checked where they are defined.
-        TsdConfig(method="lora-dash", **{name: getattr(self, name) for name in _AS_IN_TSD})
+        self.check_directions()
 
     @property
     def method(self) -> str:
@@ -141,20 +110,6 @@ class DashConfig(Planned, PeftConfig):
         if isinstance(inner, PeftConfig) and (not own or name in _SHARED):
             setattr(inner, name, value)
 
-
-_AS_IN_TSD = (
-    "prelaunch_steps",
-    "prelaunch_min",
-    "prelaunch_max",
-    "settled_agreement",
-    "num_directions",
-    "direction_budget",
-    "max_directions",
-    "dash_lr_ratio",
-    "dash_unit",
-    "selection",
-    "eps",
-)
 
 # What every PeftConfig has, but for what tells the two apart.
 _SHARED = tuple(name for name in PeftConfig.__dataclass_fields__ if name not in ("peft_type", "peft_version"))
