@@ -11,7 +11,7 @@ demo: $(VENV)/.train
 	$(BIN)/peft-tsd train smollm2-family
 
 test: $(VENV)/.dev check
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --cov --cov-report=term --cov-fail-under=90
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --durations 20 --cov --cov-report=term --cov-fail-under=90
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
