@@ -51,7 +51,9 @@ def test_names_are_never_markup(text):
 def test_the_table_and_every_chart_are_there(show, text, width, scheme):
     page = show(text, width, scheme)
     # base, and LoRA and LoRA-Dash (with 4 and 8 directions) at two ranks.
-    assert page.locator("tbody tr").count() == 1 + 2 * 3
+    assert page.locator("table").first.locator("tbody tr").count() == 1 + 2 * 3
+    # LoRA-Dash again, less LoRA, by task.
+    assert page.locator("table").last.locator("tbody tr").count() == 2 * 2
     captions = page.locator("figcaption").all_inner_texts()
     assert captions == [
         "Score by rank",

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from peft_tsd.compare.page import finding
 from peft_tsd.compare.plan import Cell
 from peft_tsd.compare.results import CURVE_POINTS, failed_row, interval, row_of, summarize
+from peft_tsd.compare.tables import differences as by_task
 from peft_tsd.compare.tables import markdown, table
 
 # Student's t with two and four degrees of freedom at 97.5 %.
@@ -86,6 +87,26 @@ def test_the_average_is_over_tasks_and_only_whole_seeds_count():
     (summary,) = summarize(rows)
     assert summary.average == (pytest.approx(0.4), None)
     assert summary.runs == 3
+
+
+def test_differences_by_task_are_paired_too():
+    rows = [row("lora", s, 0.1 * s, task=t) for s in range(3) for t in ("a", "b")]
+    gains = {"a": (0.01, 0.02, 0.06), "b": (-0.2, -0.2, -0.2)}
+    rows += [row("dora", s, 0.1 * s + gain, task=t) for t, own in gains.items() for s, gain in enumerate(own)]
+    del rows[-1]  # one run of dora on b is not there
+    summaries = summarize(rows)
+    assert summaries[0].differences == {}
+    found = summaries[1].differences
+    assert found["a"].mean == pytest.approx(0.03)
+    assert found["a"].half == pytest.approx(T2 * math.sqrt((0.02**2 + 0.01**2 + 0.03**2) / 2 / 3))
+    assert found["b"] == (pytest.approx(-0.2), pytest.approx(0))
+    heads, lines = by_task(summaries)
+    assert heads == ["− LoRA, by task", "a", "b"]
+    assert lines == [["dora r4", "+3.0 ± 6.6", "-20.0 ± 0.0"]]
+
+
+def test_one_task_has_no_table_by_task():
+    assert by_task(summarize([row(method, s, 0.1) for method in ("lora", "dora") for s in range(2)])) is None
 
 
 def test_failed_runs_are_counted_and_nothing_else():

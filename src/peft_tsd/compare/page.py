@@ -13,7 +13,7 @@ from ..embedding import script_digest, script_json
 from ..errors import RecipeError
 from .plan import METHODS, MORE_METHODS, Group, Plan
 from .results import Interval, Summary, group_of
-from .tables import cells, legend
+from .tables import cells, differences, legend
 
 SIGNIFICANT = 0.05
 
@@ -47,13 +47,14 @@ def render(
     from plotly.offline import get_plotlyjs
 
     page = files("peft_tsd.compare") / "html"
+    by_task = differences(summaries)
     plotly, script = get_plotlyjs(), (page / "page.js").read_text("utf-8")
     return Template((page / "page.html").read_text("utf-8")).substitute(
         title=html.escape(f"{plan.recipe}: {len(summaries)} settings compared"),
         scripts=f"{script_digest(plotly)} {script_digest(script)}",
         style=(page / "page.css").read_text("utf-8"),
         finding=html.escape(finding(summaries)),
-        table=_table(summaries),
+        table=_table(*cells(summaries)) + (_table(*by_task) if by_task else ""),
         legend=html.escape(legend(plan, rows, tuned)),
         command=html.escape(command),
         data=script_json(_charts(plan, rows, tuned, summaries)),
@@ -81,8 +82,7 @@ def finding(summaries: Sequence[Summary]) -> str:
     return text[0].upper() + text[1:] + "."
 
 
-def _table(summaries: Sequence[Summary]) -> str:
-    heads, lines = cells(summaries)
+def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in heads)
     body = "".join(
         f'<tr><th scope="row">{html.escape(line[0])}</th>'

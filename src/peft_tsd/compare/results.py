@@ -42,6 +42,8 @@ class Summary(NamedTuple):
     """Over tasks, by seed."""
     against_lora: Paired | None
     """None for LoRA itself, and where there is no LoRA of that rank."""
+    differences: dict[str, Interval]
+    """By column: the difference from the same LoRA over the same seeds; empty where there is none."""
     learning_rates: list[float]
     trainable_parameters: int
     seconds_per_step: float
@@ -53,14 +55,14 @@ class Summary(NamedTuple):
 def row_of(cell: Cell, metrics: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
     """One run as a row of results.json."""
     score = metrics["score"]
-    # A recipe's own data are one task without a name.
+    # A recipe's own data are one task, which has no name but in a choice of tasks.
     tasks = {name: task["after"] for name, task in score.get("tasks", {}).items()}
     return {
         **_identity(cell),
         "status": "finished",
         "metric": score["metric"],
         "score": score["after"],
-        "scores": tasks or {"test": {score["metric"]: score["after"]}},
+        "scores": tasks or {cell.task or "test": {score["metric"]: score["after"]}},
         "questions": score["questions"],
         "left_out": score.get("left_out", []),
         "learning_rate": recipe["optimizer"]["learning_rate"],
@@ -110,11 +112,19 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[Summary]:
         groups.setdefault(group_of(row), []).append(row)
     tasks = {row["task"] for row in rows}
     averages = {group: _averages(own, tasks) for group, own in groups.items()}
+    columns = {group: _columns(own) for group, own in groups.items()}
     tests: dict[Group, tuple[Interval, float | None]] = {}
+    differences: dict[Group, dict[str, Interval]] = {}
     for group, own in averages.items():
-        lora = averages.get(group._replace(method="lora", variation=())) or averages.get(group._replace(method="lora"))
-        if group.method != "lora" and lora and own.keys() & lora.keys():
-            tests[group] = _paired(own, lora)
+        alike = (group._replace(method="lora", variation=()), group._replace(method="lora"))
+        lora = next((other for other in alike if averages.get(other)), None)
+        if group.method != "lora" and lora and own.keys() & averages[lora].keys():
+            tests[group] = _paired(own, averages[lora])
+            differences[group] = {
+                name: _difference(scores, columns[lora][name])
+                for name, scores in columns[group].items()
+                if scores.keys() & columns[lora].get(name, {}).keys()
+            }
     adjusted = _adjusted({group: p for group, (_, p) in tests.items() if p is not None})
     found = []
     for group, own_rows in groups.items():
@@ -126,9 +136,10 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[Summary]:
         found.append(
             Summary(
                 group=group,
-                scores={name: interval(values) for name, values in _columns(done).items()},
+                scores={name: interval(list(scores.values())) for name, scores in columns[group].items()},
                 average=interval(list(averages[group].values())),
                 against_lora=Paired(*against, adjusted.get(group)) if against else None,
+                differences=differences.get(group, {}),
                 learning_rates=list(dict.fromkeys(row["learning_rate"] for row in done)),
                 trainable_parameters=max(row["trainable_parameters"] for row in done),
                 seconds_per_step=fmean(row["seconds_per_step"] for row in done),
@@ -148,11 +159,13 @@ def _averages(rows: Sequence[Mapping[str, Any]], tasks: set[str | None]) -> dict
     return {seed: fmean(scores) for seed, scores in sorted(by_seed.items()) if len(scores) == len(tasks)}
 
 
-def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    columns: dict[str, list[float]] = {}
+def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
+    """By column and seed."""
+    columns: dict[str, dict[int, float]] = {}
     for row in rows:
-        for name, metrics in row["scores"].items():
-            columns.setdefault(name, []).append(metrics[row["metric"]])
+        if row["status"] == "finished":
+            for name, metrics in row["scores"].items():
+                columns.setdefault(name, {})[row["seed"]] = metrics[row["metric"]]
     return columns
 
 
@@ -166,11 +179,15 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(fmean(values), float(half))
 
 
+def _difference(own: Mapping[int, float], lora: Mapping[int, float]) -> Interval:
+    return interval([own[seed] - lora[seed] for seed in sorted(own.keys() & lora.keys())])
+
+
 def _paired(own: Mapping[int, float], lora: Mapping[int, float]) -> tuple[Interval, float | None]:
     from scipy import stats
 
     seeds = sorted(own.keys() & lora.keys())
-    difference = interval([own[seed] - lora[seed] for seed in seeds])
+    difference = _difference(own, lora)
     if not difference.half:
         return difference, None
     return difference, float(stats.ttest_rel([own[s] for s in seeds], [lora[s] for s in seeds]).pvalue)

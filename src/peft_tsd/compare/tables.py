@@ -18,6 +18,8 @@ def document(
 ) -> str:
     """The table of all methods, with what one needs to know to read and to repeat it."""
     parts = [table(summaries), legend(plan, rows, tuned)]
+    if found := differences(summaries):
+        parts.append(markdown(*found))
     if failed := [row for row in rows if row["status"] == "failed"]:
         parts.append("\n".join(f"Failed: {row['method']} (seed {row['seed']}): {row['error']}" for row in failed))
     if command:
@@ -36,6 +38,18 @@ def cells(summaries: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
     averaged = ["average"] if len(columns) > 1 else []
     heads = ["method", *columns, *averaged, "− LoRA", "p", "lr", "trained", "s/step", "MiB"]
     return heads, [_line(summary, columns, bool(averaged)) for summary in summaries]
+
+
+def differences(summaries: Sequence[Summary]) -> tuple[list[str], list[list[str]]] | None:
+    """As `cells`, the differences from LoRA by task; None where there is but one, or no LoRA."""
+    compared = [summary for summary in summaries if summary.differences]
+    columns = list(dict.fromkeys(name for summary in compared for name in summary.differences))
+    if len(columns) < 2:
+        return None
+    return ["− LoRA, by task", *columns], [
+        [summary.group.label, *(_points(summary.differences.get(name), sign=True) for name in columns)]
+        for summary in compared
+    ]
 
 
 def _line(summary: Summary, columns: Sequence[str], averaged: bool) -> list[str]:
