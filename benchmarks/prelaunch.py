@@ -1,19 +1,13 @@
 """How long should the pre-launch be?
 
-    python benchmarks/prelaunch.py --data FOLDER --out runs/prelaunch                     # hours on a CPU
-    python benchmarks/prelaunch.py --data FOLDER --out runs/prelaunch-tiny --size tiny    # minutes on one core
+    peft-tsd compare RECIPE --methods lora,lora-dash --vary directions.prelaunch_steps=0,25,100,400,auto --out FOLDER
+    python benchmarks/prelaunch.py FOLDER
 
-On two tasks (SmolLM2-135M on commonsense questions, MiniLM on CoLA), LoRA-Dash with its directions identified after
-25, 50, 100, 200 and 400 steps, when they have settled (`prelaunch_steps: auto`), and from gradients before the first
-step. All train for the same number of steps, on the same data in the same order. Beside each: how many of its
-directions are among those of a pre-launch that lasts as long as the whole run, in the mean over layers; its loss (mean
-of the last tenth of the steps) and score; and the seconds that finding the directions took, with the checks of an
-automatic pre-launch, also over those of all training steps before. Means over seeds, with the range where there are
-several. The checks' own part of the time before them includes factorizing the weights they look at, which the
-transition then need not do. FOLDER holds `commonsense` (LLM-Adapters' form) and `glue` (GLUE's own files).
-
-Runs are kept in `--out`: a finished one is not repeated, an interrupted one goes on. `--page FILE` writes the tables
-as Markdown.
+Reads a comparison's folder and says of every task, method and length of the pre-launch: the step at which the
+directions were identified, and how many are those of the longest fixed pre-launch of the same seed (in the mean
+over layers); the loss (mean of the last tenth of the steps) and the score less LoRA's; the seconds that finding the
+directions took, also over those of all steps before, with the checks' own part where the pre-launch was automatic.
+Means over seeds, with the range. 0 stands for directions from gradients.
 """
 
 from __future__ import annotations
@@ -24,137 +18,95 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 
-from peft_tsd import __version__, training
-from peft_tsd.recipe import load_recipe
-from peft_tsd.run_folder import RunFolder
+from peft_tsd.compare.plan import Cell
 
-TASKS = {
-    "SmolLM2-135M, commonsense": ("smollm2-135m-commonsense", [], "commonsense"),
-    "MiniLM, CoLA": ("minilm-glue", ["task=cola"], "glue"),
-}
-SIZES: dict[str, dict[str, Any]] = {
-    "full": {"steps": 800, "fixed": [25, 50, 100, 200, 400], "seeds": [0, 1, 2], "overrides": []},
-    "tiny": {
-        "steps": 24,
-        "fixed": [3, 6, 12],
-        "seeds": [0],
-        "overrides": [
-            "directions.prelaunch_min=5",
-            "directions.prelaunch_max=20",
-            "training.batch_size=4",
-            "data.test_size=8",
-            "task.max_length=64",
-            "optimizer.warmup_steps=0",
-            "optimizer.warmup_ratio=0.1",
-        ],
-    },
-}
+KEY = "directions.prelaunch_steps"
 
 
-def run(task: str, prelaunch: int | str, seed: int, size: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """One run's metrics, and its directions by layer."""
-    recipe, choices, data = TASKS[task]
-    steps = size["steps"]
-    folder = args.out / recipe / f"prelaunch-{prelaunch}-seed-{seed}"
-    overrides = [
-        *choices,
-        *size["overrides"],
-        f"data.folder={args.data / data}",
-        f"data.train_size={steps * (4 if args.size == 'tiny' else 8)}",
-        f"training.steps={steps}",
-        f"training.save_every={max(1, steps // 4)}",
-        "method=lora-dash",
-        "evaluation.before=false",
-        f"directions.prelaunch_steps={prelaunch}",
-        f"seed={seed}",
-        "data.seed=0",
-        f"output={folder}",
-        f"resume={'true' if folder.exists() else 'false'}",
-    ]
-    if recipe.startswith("smollm2"):
-        overrides.append("task.scoring=likelihood")
-    result = training.train(load_recipe(recipe, overrides))
-    state = load_file(RunFolder(folder).adapter / "adapter_model.safetensors")
-    found = {key: set(value.tolist()) for key, value in state.items() if key.endswith("lora_directions.indices")}
-    return {"metrics": result.metrics, "directions": found}
+def directions(row: dict[str, Any], folder: Path) -> dict[str, set[int]]:
+    """A run's directions, by layer."""
+    cell = Cell(row["task"], row["method"], row["rank"], tuple(row["variation"].items()), row["seed"])
+    state = load_file(folder / "runs" / cell.path / "adapter" / "adapter_model.safetensors")
+    return {key: set(value.tolist()) for key, value in state.items() if key.endswith("_directions.indices")}
 
 
-def describe(one: dict[str, Any], truth: dict[str, set[int]]) -> dict[str, float]:
-    metrics = one["metrics"]
-    losses = [entry["loss"] for entry in metrics["loss"]]
-    change = metrics["phase_change"]
+def describe(
+    row: dict[str, Any], found: dict[str, set[int]], truth: dict[str, set[int]], lora: float
+) -> dict[str, float | None]:
+    change = row["phase_change"]
+    losses = [loss for _, loss in row["loss"]]
     seconds = change["seconds"] + change.get("checks_seconds", 0.0)
-    row = {
+    before = change["step"] * row["seconds_per_step"]
+    return {
         "step": change["step"],
-        "agreement": statistics.mean(len(one["directions"][key] & truth[key]) / len(truth[key]) for key in truth),
+        "agreement": statistics.mean(len(found[key] & truth[key]) / len(truth[key]) for key in truth),
         "loss": statistics.mean(losses[-max(1, len(losses) // 10) :]),
-        "score": metrics["score"]["after"],
+        "score": 100 * (row["score"] - lora),
         "seconds": seconds,
+        "part": seconds / before if before else None,
+        "checks": change["checks_seconds"] / change["prelaunch_seconds"] if "checks_seconds" in change else None,
     }
-    if change["step"]:
-        row["part"] = seconds / (change["step"] * metrics["seconds_per_step"])
-    if "checks_seconds" in change:
-        row["checks part"] = change["checks_seconds"] / change["prelaunch_seconds"]
-    return row
 
 
-def shown(values: list[float], digits: int) -> str:
-    text = f"{statistics.mean(values):.{digits}f}"
-    return text if len(values) == 1 else f"{text} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+def shown(rows: list[dict[str, float | None]], key: str, digits: int, sign: str = "") -> str:
+    values = [row[key] for row in rows if row[key] is not None]
+    if not values:
+        return ""
+    form = f"{sign}.{digits}f"
+    text = f"{statistics.mean(values):{form}}"
+    return text if len(values) == 1 else f"{text} ({min(values):{form}} to {max(values):{form}})"
 
 
-def table(rows: dict[str, list[dict[str, float]]]) -> list[str]:
+def table(task: str | None, method: str, rows: list[dict[str, Any]], folder: Path) -> list[str]:
+    """One table: a method on a task."""
+    of_task = [row for row in rows if row["task"] == task]
+    own = [row for row in of_task if row["method"] == method and KEY in row["variation"]]
+    lora = {row["seed"]: row["score"] for row in of_task if row["method"] == "lora"}
+    values = list(dict.fromkeys(row["variation"][KEY] for row in own))
+    longest = max(value for value in values if value != "auto")
+    truth = {row["seed"]: directions(row, folder) for row in own if row["variation"][KEY] == longest}
     lines = [
-        "| directions identified | at step | among the longest's | loss | score | seconds | over the steps before |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"{method}{f' on {task}' if task else ''}, {own[0]['steps']} steps, {len(truth)} seed(s)",
+        "",
+        f"| pre-launch | ended at step | among those of {longest} | loss | score - LoRA | seconds | over steps before "
+        "| checks |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name, of_seeds in rows.items():
-        cells = [
-            shown([row[key] for row in of_seeds], digits)
-            for key, digits in (("step", 0), ("agreement", 3), ("loss", 4), ("score", 4), ("seconds", 1))
+    for value in values:
+        found = [
+            describe(row, directions(row, folder), truth[row["seed"]], lora[row["seed"]])
+            for row in own
+            if row["variation"][KEY] == value
         ]
-        parts = [row["part"] for row in of_seeds if "part" in row]
-        checks = [row["checks part"] for row in of_seeds if "checks part" in row]
-        last = shown(parts, 3) if parts else "-"
-        lines.append(f"| {name} | {' | '.join(cells)} | {last}{f'; checks {shown(checks, 4)}' if checks else ''} |")
+        cells = [
+            shown(found, "step", 0),
+            shown(found, "agreement", 2),
+            shown(found, "loss", 4),
+            shown(found, "score", 1, "+"),
+            shown(found, "seconds", 1),
+            shown(found, "part", 3),
+            shown(found, "checks", 4),
+        ]
+        lines.append(f"| {value} | {' | '.join(cells)} |")
     return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="a folder with commonsense and glue")
-    parser.add_argument("--out", type=Path, required=True, help="where the runs are kept")
-    parser.add_argument("--size", choices=list(SIZES), default="full")
-    parser.add_argument("--task", action="append", choices=list(TASKS), help="only this; may be given again")
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the size's own")
-    parser.add_argument("--page", type=Path, help="write the tables here, as Markdown")
-    args = parser.parse_args()
-    size = SIZES[args.size]
-    lines = [
-        f"{torch.cuda.get_device_name() if torch.cuda.is_available() else f'{torch.get_num_threads()} CPU threads'}; "
-        f"torch {torch.__version__}, peft-tsd {__version__}; {size['steps']} steps, "
-        f"{len(args.seeds or size['seeds'])} seed(s)"
+    parser.add_argument("folder", type=Path, help=f"a comparison that varied {KEY}")
+    folder = parser.parse_args().folder
+    rows = [
+        row
+        for row in json.loads((folder / "results.json").read_text(encoding="utf-8"))["runs"]
+        if row["status"] == "finished"
     ]
-    results: dict[str, dict[str, list[dict[str, float]]]] = {}
-    for task in args.task or TASKS:
-        rows: dict[str, list[dict[str, float]]] = {}
-        for seed in args.seeds or size["seeds"]:
-            longest = run(task, size["steps"] - 1, seed, size, args)
-            contenders = {"gradients": 0, **{str(t): t for t in size["fixed"]}, "auto": "auto"}
-            for name, prelaunch in contenders.items():
-                one = run(task, prelaunch, seed, size, args)
-                rows.setdefault(name, []).append(describe(one, longest["directions"]))
-            rows.setdefault("at the end: LoRA", []).append(describe(longest, longest["directions"]))
-        results[task] = rows
-        lines += ["", f"## {task}", "", *table(rows)]
-    print("\n".join(lines))
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    if args.page:
-        args.page.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    kinds = dict.fromkeys((row["task"], row["method"]) for row in rows if KEY in row["variation"])
+    if not kinds:
+        parser.error(f"{folder} has no finished run that varied {KEY}; compare with --vary {KEY}=25,100,auto.")
+    for task, method in kinds:
+        print("\n".join(table(task, method, rows, folder)), end="\n\n")
 
 
 if __name__ == "__main__":
