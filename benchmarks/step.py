@@ -41,7 +41,8 @@ from transformers import LlamaConfig, LlamaModel
 
 from peft_tsd import TsdConfig, __version__
 from peft_tsd.directions import TaskSpecificDirections
-from peft_tsd.layer import Identified, TsdLayer
+from peft_tsd.tuner.directed import Identified
+from peft_tsd.tuner.layer import TsdLayer
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 

@@ -32,8 +32,8 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaModel
 
 from peft_tsd import TsdConfig, __version__
-from peft_tsd.model import adapted_layers
-from peft_tsd.schedule import transition
+from peft_tsd.schedule.transition import transition
+from peft_tsd.tuner.phase import adapted_layers
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 

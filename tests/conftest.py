@@ -12,7 +12,7 @@ import torch
 from hypothesis import settings
 from peft import get_peft_model
 
-import tiny
+from support import tiny
 
 torch.set_num_threads(1)  # for matrices of this size more threads only wait for each other
 

@@ -1,16 +1,16 @@
 """The README's code runs as printed."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-import tiny
+from support import tiny
+from support.places import ROOT
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def block(containing: str) -> str:
@@ -53,7 +53,7 @@ def test_the_snippet_of_the_definitions():
 
 
 def test_every_link_to_a_file_leads_somewhere():
-    root = Path(__file__).parent.parent
+    root = ROOT
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
     assert links
     for link in links:

@@ -6,35 +6,30 @@ Importing the package registers the method with PEFT.
 """
 
 import importlib
+from importlib.metadata import version
 from typing import Any
 
-from peft.mapping import (
-    PEFT_TYPE_TO_CONFIG_MAPPING,
-    PEFT_TYPE_TO_PREFIX_MAPPING,
-    PEFT_TYPE_TO_TUNER_MAPPING,
-)
-
-from .adapter_files import check_adapter
-from .config import TsdConfig, TsdType
+from . import registration as registration  # first: from here on nothing is loaded unchecked
 from .dash.config import DashConfig
-from .dash.model import DashModel, register
+from .dash.model import DashModel
+from .errors import AdapterError, InputError, TransitionError
 from .export import ExportReport, export_lora
-from .model import Directions, LayerDirections, PrelaunchWarning, TsdModel
-from .schedule import TransitionError, TsdCallback, advance, identify_from_gradients
+from .schedule import TsdCallback, advance, identify_from_gradients
+from .tuner.checking import check_adapter
+from .tuner.config import TsdConfig
+from .tuner.model import TsdModel
+from .tuner.phase import PrelaunchWarning
+from .tuner.table import Directions, LayerDirections
 
-# What peft.utils.register_peft_method does, for a type that is no member of PEFT's own enumeration.
-PEFT_TYPE_TO_CONFIG_MAPPING[TsdType.TSD] = TsdConfig
-PEFT_TYPE_TO_TUNER_MAPPING[TsdType.TSD] = TsdModel
-PEFT_TYPE_TO_PREFIX_MAPPING[TsdType.TSD] = TsdModel.prefix
-register()
-
-__version__ = "0.1.0"
+__version__ = version("peft-tsd")
 
 __all__ = [
+    "AdapterError",
     "DashConfig",
     "DashModel",
     "Directions",
     "ExportReport",
+    "InputError",
     "LayerDirections",
     "PrelaunchWarning",
     "TransitionError",

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 Found = TypeVar("Found")
 
 
-class RecipeError(ValueError):
+class InputError(ValueError):
     """Something the user gave cannot be used. The message is one line: what was given, and what to do."""
 
     def __init__(self, message: str) -> None:
         super().__init__(_printable(message, 2000))
+
+
+class RecipeError(InputError):
+    """A recipe cannot be read, or not be carried out."""
+
+
+class AdapterError(InputError):
+    """An adapter's files are missing, damaged, unsafe, or for another base."""
 
 
 class TransitionError(ValueError):
@@ -53,3 +61,13 @@ def _printable(text: str, most: int) -> str:
     # What a file holds must not break the line, or give commands to a terminal.
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a value that is none of `choices`.
+
+    Raises:
+        InputError: With the nearest.
+    """
+    if value not in choices:
+        raise InputError(f"{key}={value!r} is not known{did_you_mean(value, choices)}")

@@ -38,11 +38,11 @@ from peft import LoraConfig, get_peft_model
 with atheris.instrument_imports(include=["peft_tsd"]):
     import hostile
 
-    import text_models
-    import tiny
     from peft_tsd import TsdConfig, export_lora
-    from peft_tsd.adapter_files import check_adapter, check_onto
-    from peft_tsd.recipe import Recipe, RecipeError, load_recipe
+    from peft_tsd.errors import RecipeError
+    from peft_tsd.language.recipe import Recipe, load_recipe
+    from peft_tsd.tuner.checking import check_adapter, check_onto
+    from support import text_models, tiny
 
 
 class Draw:

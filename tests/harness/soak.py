@@ -30,8 +30,8 @@ import psutil
 import torch
 from peft import PeftModel, get_peft_model
 
-import tiny
 from peft_tsd import advance
+from support import tiny
 
 MOST = 4
 """Adapters at a time."""

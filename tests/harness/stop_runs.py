@@ -36,9 +36,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import datasets  # noqa: F401  (so that it is read once, and not by every process)
 import transformers
 
-import text_models
-from peft_tsd import cli, schedule, training
-from peft_tsd.run_folder import RunFolder
+from peft_tsd import cli
+from peft_tsd.language import training
+from peft_tsd.runs.folder import RunFolder
+from peft_tsd.schedule import stepping as schedule
+from support import text_models
 
 WINDOWS = {
     "creation": (RunFolder, "create"),

@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import RecipeError
-from ..run_folder import RunFolder, locked, write_text
-from ..training import check
+from ..errors import InputError
+from ..files.whole import write_text
+from ..language.preparing import check
+from ..runs.folder import RunFolder, locked
 from .page import check_installed, render
 from .plan import Cell, Plan
 from .results import Summary, failed_row, row_of, summarize
@@ -48,18 +49,18 @@ def compare(plan: Plan, out: Path, *, jobs: int = 1, command: str = "") -> Compa
         command: What the user typed, for the results.
 
     Raises:
-        RecipeError: A run cannot be carried out, or `out` holds one with other settings; nothing was started.
+        InputError: A run cannot be carried out, or `out` holds one with other settings; nothing was started.
         Stopped: By Ctrl-C; the results of what is done were written.
     """
     check_installed()
     if jobs < 1:
-        raise RecipeError(f"--jobs must be 1 or more; got {jobs}")
+        raise InputError(f"--jobs must be 1 or more; got {jobs}")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with locked(out, "--out"):
             return _compare(plan, out, jobs, command)
     except OSError as error:
-        raise RecipeError(f"--out={str(out)!r} cannot be written: {error}; name another folder") from None
+        raise InputError(f"--out={str(out)!r} cannot be written: {error}; name another folder") from None
 
 
 def _compare(plan: Plan, out: Path, jobs: int, command: str) -> Comparison:
@@ -112,7 +113,7 @@ def _best(trials: Sequence[tuple[Cell, Any]], runs: Sequence[Run], errors: dict[
             scores.setdefault(cell, {})[value] = metrics["score"]["after"]
     for (cell, _), run in zip(trials, runs):
         if cell not in scores:
-            raise RecipeError(f"--tune: no value works for {cell.path}: {errors[run.name]}")
+            raise InputError(f"--tune: no value works for {cell.path}: {errors[run.name]}")
     return {cell: max(own, key=own.__getitem__) for cell, own in scores.items()}
 
 

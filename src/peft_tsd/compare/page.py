@@ -9,8 +9,8 @@ from statistics import fmean
 from string import Template
 from typing import Any
 
-from ..embedding import script_digest, script_json
-from ..errors import RecipeError
+from ..errors import InputError
+from ..pages.embedding import script_digest, script_json
 from .plan import METHODS, MORE_METHODS, Group, Plan
 from .results import Interval, Summary, group_of
 from .tables import cells, differences, legend
@@ -19,7 +19,9 @@ SIGNIFICANT = 0.05
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; a method has one, and a rank a kind of line.
 _COLOURS = ("#7f7f7f", "#000000", "#0072b2", "#56b4e9", "#cc79a7", "#b8860b", "#d55e00", "#009e73", "#9b30c9")
+
 _MORE_COLOURS = ("#8c564b", "#17a2b8", "#6b8e23", "#2f4f9f", "#8b6508", "#5c3a31", "#0e6f7d", "#4b6318")
+
 _LINES = ("solid", "dash", "dot", "dashdot", "longdash")
 
 
@@ -27,13 +29,13 @@ def check_installed() -> None:
     """Refuse, before anything long, to go on without what draws the page and computes the statistics.
 
     Raises:
-        RecipeError: plotly or SciPy is not installed.
+        InputError: plotly or SciPy is not installed.
     """
     try:
         import plotly.offline  # noqa: F401
         import scipy.stats  # noqa: F401
     except ModuleNotFoundError as error:
-        raise RecipeError(f"compare needs the package {error.name}: pip install 'peft-tsd[compare]'") from None
+        raise InputError(f"compare needs the package {error.name}: pip install 'peft-tsd[compare]'") from None
 
 
 def render(

@@ -11,21 +11,25 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..errors import RecipeError, did_you_mean
-from ..recipe import Directions, Recipe, choices_of, load_recipe
+from ..errors import InputError, did_you_mean
+from ..language.recipe import Recipe, load_recipe
+from ..recipes.methods import METHODS as KNOWN
+from ..recipes.reading import choices_of
+from ..recipes.shared import Directions
 
 METHODS = ("base", "full", "lora", "dora", "pissa", "adalora", "lora-dash", "lora-init", "lora-tsd")
 """What is compared by default."""
-MORE_METHODS = ("loha", "vera", "oft", "dora-dash", "adalora-dash", "loha-dash", "vera-dash", "oft-dash")
-RANKLESS = ("base", "full")
+
+MORE_METHODS = tuple(name for name in KNOWN if name not in METHODS)
 
 # What each method makes use of under `directions`; varying the others would repeat a run under another name.
 _ALL = set(Directions.model_fields)
+
 USED = {
     "lora-dash": _ALL - {"init_reading"},
     "lora-init": _ALL - {"num_directions", "direction_budget", "max_directions", "dash_lr_ratio", "dash_unit"},
     "lora-tsd": _ALL,
-    **{method: _ALL - {"init_reading"} for method in MORE_METHODS if method.endswith("-dash")},
+    **{method: _ALL - {"init_reading"} for method in MORE_METHODS if KNOWN[method].directions == "beside"},
 }
 
 
@@ -100,7 +104,7 @@ class Plan(NamedTuple):
             seeds, self.tasks, self.methods, ranks, self.variations
         ):
             used = tuple(pair for pair in variation if _uses(method, pair[0]))
-            yield Cell(task, method, None if method in RANKLESS else rank, used, seed)
+            yield Cell(task, method, rank if KNOWN[method].has_rank else None, used, seed)
 
     def tuned_cell(self, cell: Cell) -> Cell:
         """The one whose tuning `cell` goes by."""
@@ -116,7 +120,7 @@ class Plan(NamedTuple):
             validate: Score the rows held out of training, not the test rows.
 
         Raises:
-            RecipeError: As `load_recipe`.
+            InputError: As `load_recipe`.
         """
         overrides = [] if cell.task is None else [f"task={cell.task}"]
         settings: dict[str, Any] = {}
@@ -147,7 +151,7 @@ def _uses(method: str, key: str) -> bool:
     section, _, name = key.rpartition(".")
     if section == "directions":
         return name in USED.get(method, ())
-    return not (section == "adapter" and method in RANKLESS)
+    return not (section == "adapter" and not KNOWN[method].has_rank)
 
 
 def make_plan(
@@ -178,37 +182,37 @@ def make_plan(
         validation_size: How many rows those are; held out in every run of a tuned comparison.
 
     Raises:
-        RecipeError: Something is unknown, empty or given twice.
+        InputError: Something is unknown, empty or given twice.
     """
     choices = choices_of(recipe)
     for override in overrides:
         key = override.partition("=")[0]
         if key in _SWEPT:
-            raise RecipeError(f"{override!r}: compare sets {key} itself; {_SWEPT[key]}")
+            raise InputError(f"{override!r}: compare sets {key} itself; {_SWEPT[key]}")
     for name, given in (("methods", methods), ("ranks", ranks), ("seeds", seeds), ("tasks", tasks)):
         if given is not None and (not given or len(set(given)) < len(given)):
-            raise RecipeError(f"--{name} must name one or more, each once; got {', '.join(map(str, given)) or 'none'}")
+            raise InputError(f"--{name} must name one or more, each once; got {', '.join(map(str, given)) or 'none'}")
     for method in methods:
         if method not in (known := METHODS + MORE_METHODS):
-            raise RecipeError(f"--methods: {method!r} is no method{did_you_mean(method, known)}")
+            raise InputError(f"--methods: {method!r} is no method{did_you_mean(method, known)}")
     if tasks is not None:
         if "task" not in choices:
-            raise RecipeError(f"--tasks={','.join(tasks)}: the recipe {recipe!r} has no choice of task; leave it out")
+            raise InputError(f"--tasks={','.join(tasks)}: the recipe {recipe!r} has no choice of task; leave it out")
         for task in tasks:
             if task not in choices["task"].table:
-                raise RecipeError(f"--tasks: the recipe has no {task!r}{did_you_mean(task, choices['task'].table)}")
+                raise InputError(f"--tasks: the recipe has no {task!r}{did_you_mean(task, choices['task'].table)}")
     own = load_recipe(recipe, overrides)
     default_task = choices["task"].default if "task" in choices else None
     varied = [[(key, value) for value in values] for key, values in (vary or {}).items()]
     for key in (*(vary or {}), *((tune[0],) if tune else ())):
         if key in _SWEPT:
-            raise RecipeError(f"{key!r} can be neither varied nor tuned; {_SWEPT[key]}")
+            raise InputError(f"{key!r} can be neither varied nor tuned; {_SWEPT[key]}")
     tuning = None
     if tune is not None:
         key, values = tune
         tuning = Tuning({"lr": "optimizer.learning_rate"}.get(key, key), tuple(values))
         if len(values) < 2:
-            raise RecipeError(f"--tune {key} needs two values or more to choose from; got {list(values)}")
+            raise InputError(f"--tune {key} needs two values or more to choose from; got {list(values)}")
     plan = Plan(
         recipe=recipe,
         overrides=tuple(overrides),

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from .plan import Cell, Group
 
 CONFIDENCE = 0.95
+
 CURVE_POINTS = 200
 """Most points of a loss curve that are kept; each is a mean over as many steps as that takes."""
 

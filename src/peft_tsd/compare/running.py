@@ -21,11 +21,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
+import torch
+import transformers
 from tqdm.auto import tqdm
 
-from ..errors import RecipeError, one_line
-from ..recipe import Recipe
-from ..run_folder import RunFolder
+from ..errors import InputError, one_line
+from ..language.recipe import Recipe, check_recipe
+from ..language.training import train
+from ..runs.folder import RunFolder
+from ..runs.stopping import Interrupted
 
 
 class Run(NamedTuple):
@@ -43,7 +47,7 @@ def finished(run: Run) -> dict[str, Any] | None:
     """The metrics of a run that was done before, or None.
 
     Raises:
-        RecipeError: Its folder holds a run with other settings.
+        InputError: Its folder holds a run with other settings.
     """
     folder = RunFolder(run.recipe.output)
     if not folder.path.exists():
@@ -66,7 +70,7 @@ def run_all(runs: Sequence[Run], *, at_once: int, log: Path, title: str) -> dict
         What went wrong, by the runs' names.
 
     Raises:
-        RecipeError: As `finished`, before anything is started.
+        InputError: As `finished`, before anything is started.
         Stopped: By Ctrl-C; the runs at work were stopped at a point they can go on from.
     """
     left = deque(run for run in runs if finished(run) is None)
@@ -120,11 +124,6 @@ def _work(content: dict[str, Any], threads: int, log: str, sender: Any) -> None:
     with open(log, "a", encoding="utf-8", buffering=1) as out:
         for stream in (1, 2):
             os.dup2(out.fileno(), stream)
-    import torch
-    import transformers
-
-    from ..recipe import check_recipe
-    from ..training import Interrupted, train
 
     torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
@@ -133,7 +132,7 @@ def _work(content: dict[str, Any], threads: int, log: str, sender: Any) -> None:
         train(recipe.model_copy(update={"resume": RunFolder(recipe.output).recipe.is_file()}))
     except Interrupted:
         sys.exit(130)
-    except RecipeError as error:
+    except InputError as error:
         sender.send(str(error))
         sys.exit(2)
     except Exception as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import PeftConfig, PeftType
 
-from ..config import DirectionSettings
+from ..tuner.settings import DirectionSettings
 from .methods import REFUSED, has_layers, refusal
 
 _KINDS = [kind for kind in PeftType if has_layers(kind) and kind not in REFUSED]

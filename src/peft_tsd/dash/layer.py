@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..distributed import is_sharded
-from ..layer import DashScalars, DirectedLayer, FixedDirections
-from ..spectrum import as_double
+from ..directions.spectrum import as_double
+from ..distributed.sharded import is_sharded
+from ..tuner.directed import DirectedLayer
+from ..tuner.held import DashScalars, FixedDirections
 from .config import DashConfig
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from peft import LoraConfig, PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
-from ..config import REFUSED_FIELDS
+from ..tuner.config import REFUSED_FIELDS
+from ..tuner.inits import LEAVE_BASE
 
 REFUSED = {
     "BEFT": "it trains biases, and changes no weight",
@@ -19,8 +20,6 @@ REFUSED = {
 
 # Of the fields of LoraConfig that TsdConfig refuses, those with which a layer still has one change of its weight.
 _ONE_CHANGE = ("use_dora", "use_bdlora", "velora_config")
-
-_LEAVES_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
 
 
 def refusal(config: PeftConfig) -> str | None:
@@ -38,7 +37,7 @@ def refusal(config: PeftConfig) -> str | None:
         for name, reason in REFUSED_FIELDS.items():
             if name not in _ONE_CHANGE and getattr(config, name):
                 return f"with {name}={getattr(config, name)!r}, {reason}"
-        if kind == "LORA" and config.init_lora_weights not in _LEAVES_BASE:
+        if kind == "LORA" and config.init_lora_weights not in (*LEAVE_BASE, "mica"):
             return (
                 f"init_lora_weights={config.init_lora_weights!r} has PEFT write to the base weight; "
                 f"TsdConfig(method='lora-dash', init_lora_weights=...) takes such a start without"

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft.mapping import (
-    PEFT_TYPE_TO_CONFIG_MAPPING,
-    PEFT_TYPE_TO_PREFIX_MAPPING,
-    PEFT_TYPE_TO_TUNER_MAPPING,
-)
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from ..dispatch import unsupported
-from ..model import DirectedModel, adapted_layers, warn_as_saved
-from ..quantized import is_quantized
-from ..zero_checkpoints import completed
+from ..models.matrix import unsupported
+from ..models.packed import is_quantized
+from ..tuner.model import DirectedModel
+from ..tuner.phase import adapted_layers, warn_as_saved
+from ..tuner.zero_checkpoints import completed
 from .config import DashConfig, DashType
 from .layer import DashLayer, own_names, with_directions
 
@@ -127,19 +124,15 @@ class DashModel(DirectedModel, BaseTuner):
         return _empty, (self.dash_type,), vars(self)
 
 
-def register() -> None:
-    """Make every method with directions known to PEFT."""
-    for kind in DashType:
-        tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[kind.name]
-        # The method's prefix, by which PEFT and transformers know what belongs to an adapter.
-        names: dict[str, Any] = {"__module__": __name__, "dash_type": kind, "own_prefix": tuner.prefix}
-        if kind.name == "ADALORA":
-            # It takes all that starts so for factors whose rank it allocates; and its allocator is on the tuner, which
-            # inject_adapter_in_model would lose.
-            names |= {"own_prefix": "", "uses_shared_state": True}
-        PEFT_TYPE_TO_CONFIG_MAPPING[kind] = DashConfig
-        PEFT_TYPE_TO_TUNER_MAPPING[kind] = type(f"Dash{tuner.__name__}", (DashModel, tuner), names)
-        PEFT_TYPE_TO_PREFIX_MAPPING[kind] = PEFT_TYPE_TO_PREFIX_MAPPING[kind.name]
+def make_tuner(kind: DashType) -> type[DashModel]:
+    """The tuner of a method of PEFT's, with directions."""
+    tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[kind.name]
+    names: dict[str, Any] = {"__module__": __name__, "dash_type": kind, "own_prefix": tuner.prefix}
+    if kind.name == "ADALORA":
+        # It takes all that starts so for factors whose rank it allocates; and its allocator is on the tuner, which
+        # inject_adapter_in_model would lose.
+        names |= {"own_prefix": "", "uses_shared_state": True}
+    return type(f"Dash{tuner.__name__}", (DashModel, tuner), names)
 
 
 def _empty(kind: DashType) -> Any:

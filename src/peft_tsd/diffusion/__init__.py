@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adapters import load_adapters
-    from .compare import Comparison, compare_subjects
+    from .comparing import compare_subjects
     from .export import export_diffusers
     from .recipe import DreamBooth, load_recipe
+    from .subjects import Comparison
     from .training import Result, train
 
 __all__ = [
@@ -33,10 +34,10 @@ __all__ = [
 ]
 
 _HOME = {
-    "Comparison": "compare",
+    "Comparison": "subjects",
     "DreamBooth": "recipe",
     "Result": "training",
-    "compare_subjects": "compare",
+    "compare_subjects": "comparing",
     "export_diffusers": "export",
     "load_adapters": "adapters",
     "load_recipe": "recipe",

@@ -12,8 +12,9 @@ from typing import Any
 from peft import PeftModel, get_peft_model
 
 from ..errors import RecipeError, one_line
-from ..loading import check_target_modules
-from ..methods import adapter_config
+from ..files.adapters import CONFIG
+from ..models.loading import check_target_modules
+from ..recipes.adapters import adapter_config
 from .families import Family
 from .recipe import DreamBooth
 
@@ -93,5 +94,5 @@ def load_adapters(pipe: Any, folder: str | Path, *, is_trainable: bool = False) 
 
 def component_names(folder: str | Path) -> list[str]:
     """The components whose adapters a folder holds, the denoiser first, as they are trained."""
-    names = sorted(path.parent.name for path in Path(folder).glob("*/adapter_config.json"))
+    names = sorted(path.parent.name for path in Path(folder).glob(f"*/{CONFIG}"))
     return sorted(names, key=lambda name: name.startswith("text_encoder"))

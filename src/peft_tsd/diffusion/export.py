@@ -14,14 +14,16 @@ from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..config import TsdConfig
-from ..export import ExportReport, as_lora, lora_scaling, truncate
-from ..folders import write_folder
+from ..export.factors import lora_scaling, truncate
+from ..export.lora import ExportReport, as_lora
+from ..files.adapters import PREFIX
+from ..files.whole import write_folder
+from ..tuner.config import TsdConfig
 from .adapters import component_names
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+
 KOHYA_FILE = "kohya_lora_weights.safetensors"
-PREFIX = "base_model.model."
 
 
 def export_diffusers(

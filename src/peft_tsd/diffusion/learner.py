@@ -19,9 +19,9 @@ from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 from torch import Generator, Tensor
 from transformers import Trainer, TrainingArguments, get_scheduler
 
-from ..config import TsdConfig
 from ..errors import RecipeError
-from ..schedule import advance
+from ..schedule.stepping import advance
+from ..tuner.config import TsdConfig
 from .adapters import Adapters
 from .encoded import Encoded
 from .families import Embeddings, Family

@@ -6,21 +6,12 @@ Its `kind: dreambooth` tells it from a language model's recipe; what the two sha
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ..recipe import (
-    TSD_METHODS,
-    Adapter,
-    Directions,
-    Optimizer,
-    Section,
-    absolute_if_there,
-    check_reaches_transition,
-    load_as,
-)
+from ..recipes.reading import load_as
+from ..recipes.shared import Adapter, Optimizer, RunRecipe, Saving, Section, absolute_if_there
 
 SHORT = {"model": "model.name", "data": "data.folder", "prompt": "data.prompt"}
 """What may be left out of the longest keys on the command line: `model=NAME data=FOLDER prompt=TEXT`."""
@@ -90,21 +81,15 @@ class TextEncoders(Section):
     """The denoiser's without it."""
 
 
-class Training(Section):
+class Training(Saving):
     """How long, in which portions, and how often to save."""
 
     steps: int = Field(default=500, ge=1)
     """Optimizer steps."""
     batch_size: int = Field(default=4, ge=1)
     """Photos a batch; with prior preservation, as many of the class beside them."""
-    gradient_accumulation: int = Field(default=1, ge=1)
-    gradient_checkpointing: bool = False
     min_snr_gamma: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Weight the loss of a timestep by its signal-to-noise ratio, at most this (Hang et al., arXiv 2303.09556)."""
-    save_every: int = Field(default=100, ge=1)
-    """Optimizer steps between checkpoints."""
-    # Two at least: while the newest is being written, the one before it is what a killed run resumes from.
-    keep_checkpoints: int = Field(default=2, ge=2)
 
 
 class Validation(Section):
@@ -140,7 +125,6 @@ PROMPTS = (
 )
 """`{}` stands for the subject's words: what `data.prompt` says after "a photo of"."""
 
-
 CLIP, DINO = "openai/clip-vit-base-patch32", "facebook/dino-vits16"
 
 
@@ -162,7 +146,7 @@ class Comparison(Section):
         return name if name is None else absolute_if_there(name)
 
 
-class DreamBooth(Section):
+class DreamBooth(RunRecipe):
     """One run."""
 
     kind: Literal["dreambooth"] = "dreambooth"
@@ -173,37 +157,20 @@ class DreamBooth(Section):
     text_encoders: TextEncoders = TextEncoders()
     method: Literal["lora-tsd", "lora-dash", "lora-init", "lora"] = "lora-tsd"
     adapter: Adapter = Adapter(target_modules=["to_q", "to_k", "to_v", "to_out.0"])
-    directions: Directions = Directions()
     optimizer: Optimizer = Optimizer(learning_rate=1e-4, schedule="constant")
     training: Training = Training()
     validation: Validation = Validation()
     export: Export = Export()
     comparison: Comparison = Comparison()
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    output: str
-    """The run folder."""
-    resume: bool = Field(default=False, exclude=True)
-    """Continue the run in `output`."""
-
-    @field_validator("output")
-    @classmethod
-    def _absolute(cls, output: str) -> str:
-        return str(Path(output).expanduser().absolute())
-
-    @property
-    def uses_directions(self) -> bool:
-        return self.method in TSD_METHODS
 
     @model_validator(mode="after")
     def _steps_reach_the_transition(self) -> DreamBooth:
-        if not self.uses_directions:
-            return self
-        if self.directions.prelaunch_steps == 0:
+        if self.uses_directions and self.directions.prelaunch_steps == 0:
             raise ValueError(
                 "directions.prelaunch_steps=0 finds directions from gradients, which runs of this kind do not; give 1 "
                 "or more, or auto"
             )
-        check_reaches_transition(self.method, self.training.steps, self.directions)
+        self.check_length(self.training.steps)
         return self
 
 

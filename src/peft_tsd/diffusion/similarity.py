@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import AutoImageProcessor, AutoModel, CLIPModel, CLIPProcessor
 
 from ..errors import one_line
 
@@ -36,8 +37,6 @@ class Clip:
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
-        from transformers import CLIPModel, CLIPProcessor
-
         self._model: Any = CLIPModel.from_pretrained(name).to(device).eval()
         self._processor: Any = CLIPProcessor.from_pretrained(name)
 
@@ -63,8 +62,6 @@ class Dino:
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
-        from transformers import AutoImageProcessor, AutoModel
-
         self._model: Any = AutoModel.from_pretrained(name).to(device).eval()
         self._processor: Any = AutoImageProcessor.from_pretrained(name)
 

@@ -17,28 +17,24 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
-from transformers.trainer_utils import SchedulerType
-from transformers.training_args import OptimizerNames
 
-from ..errors import RecipeError
-from ..folders import write_folder
-from ..full_disk import room_in
-from ..machine import check_one_process, current_device, environment, peak_memory
-from ..model import PrelaunchWarning
-from ..run_folder import RunFolder
-from ..run_log import file_only, log, logging_to
-from ..schedule import TransitionError
-from ..stopping import Stop, interruptible
-from ..training import check_choice, check_disk
+from ..errors import RecipeError, TransitionError
+from ..files.whole import write_file, write_folder
+from ..runs.disk import room_in
+from ..runs.folder import RunFolder
+from ..runs.log import file_only, log, logging_to
+from ..runs.machine import check_one_process, current_device, peak_memory
+from ..runs.stopping import Stop, interruptible
+from ..tuner.phase import PrelaunchWarning
 from .adapters import Adapters, load_adapters, make_adapters, save_adapters
 from .encoded import Encoded, encode
 from .export import export_diffusers
 from .images import draw, grid
 from .learner import Learner
-from .memory import Need, check_memory, free_memory, out_of_memory, step_need
-from .objective import Objective, objective_of
-from .photos import Photo, Photos, read_photos, square
-from .pipeline import Source, load_pipeline, load_skeleton, locate
+from .memory import out_of_memory
+from .photos import Photo, square
+from .pipeline import load_pipeline
+from .preparing import Job, enable_checkpointing, facts_of, prepare, say_what_is_there
 from .recipe import DreamBooth
 
 STATE = "state.pt"
@@ -64,7 +60,7 @@ def train(recipe: DreamBooth) -> Result:
     """
     check_one_process()
     with interruptible(Path(recipe.output)) as stop:
-        job = _prepare(recipe)
+        job = prepare(recipe)
         stop.check()
         try:
             return _run(job, stop)
@@ -72,101 +68,9 @@ def train(recipe: DreamBooth) -> Result:
             raise out_of_memory(error, recipe.training.batch_size, recipe.data.resolution) from None
 
 
-class _Job(NamedTuple):
-    """A recipe that was found possible, and what was learned on the way."""
-
-    recipe: DreamBooth
-    source: Source
-    photos: Photos
-    prior: Photos | None
-    """Those of `prior.folder`."""
-    objective: Objective
-    need: Need
-
-
-def _prepare(recipe: DreamBooth) -> _Job:
-    """Find out that a recipe can be carried out, without reading or fetching a weight."""
-    folder = RunFolder(recipe.output)
-    if not recipe.resume:
-        folder.check_free()
-    else:
-        folder.check_resumable(recipe)
-    for key, example in (("folder", "FOLDER"), ("prompt", "'a photo of sks backpack'")):
-        if not getattr(recipe.data, key):
-            raise RecipeError(f"data.{key} is missing; give data.{key}={example}")
-    check_choice("optimizer.name", recipe.optimizer.name, [name.value for name in OptimizerNames])
-    check_choice("optimizer.schedule", recipe.optimizer.schedule, [name.value for name in SchedulerType])
-    if recipe.model.dtype == "float16" and not torch.cuda.is_available():
-        raise RecipeError("model.dtype=float16 needs a GPU to train on; give model.dtype=bfloat16 or float32")
-    photos = read_photos(str(recipe.data.folder), recipe.data.resolution, "data.folder")
-    prior = None
-    if recipe.prior.folder is not None:
-        prior = read_photos(recipe.prior.folder, recipe.data.resolution, "prior.folder")
-    source = locate(recipe.model)
-    skeleton = load_skeleton(source)
-    _check_resolution(recipe, source, skeleton)
-    objective = objective_of(skeleton.scheduler, source.family.flow, recipe.training.min_snr_gamma)
-    adapters = make_adapters(skeleton, source.family, recipe, low_cpu_mem_usage=True)
-    trained = sum(p.numel() for model in adapters.values() for p in model.parameters() if p.requires_grad)
-    check_disk(recipe, folder, trained, recipe.training.steps)
-    need = _step_need(recipe, source, skeleton, adapters)
-    free = free_memory()
-    if free is not None:
-        training = recipe.training
-        check_memory(need, free, training.batch_size, recipe.data.resolution, training.gradient_checkpointing)
-    return _Job(recipe, source, photos, prior, objective, need)
-
-
-def _check_resolution(recipe: DreamBooth, source: Source, pipe: Any) -> None:
-    patch = getattr(getattr(pipe, source.family.denoiser).config, "patch_size", None) or 1
-    unit = pipe.vae_scale_factor * patch
-    if recipe.data.resolution % unit:
-        near = max(unit, round(recipe.data.resolution / unit) * unit)
-        raise RecipeError(
-            f"data.resolution={recipe.data.resolution} is no multiple of {unit}, as this model needs; give {near}"
-        )
-
-
-def _step_need(recipe: DreamBooth, source: Source, pipe: Any, adapters: Adapters) -> Need:
-    """What a step takes, found by taking one on shapes; whatever does not fit together fails in it."""
-    family, meta, dtype = source.family, torch.device("meta"), getattr(torch, recipe.model.dtype)
-    side = recipe.data.resolution // pipe.vae_scale_factor
-    rows = recipe.training.batch_size * (1 if recipe.prior.prompt is None else 2)
-    denoiser = getattr(pipe, family.denoiser)
-    _enable_checkpointing(recipe, denoiser.train())
-    models = [denoiser, *(getattr(pipe, name) for name in adapters if name != family.denoiser)]
-    for model in models:
-        for parameter in model.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(dtype)
-
-    def forward() -> torch.Tensor:
-        embeddings = family.encode(pipe, [str(recipe.data.prompt)], meta)
-        return family.denoise(
-            denoiser,
-            torch.empty(rows, pipe.vae.config.latent_channels, side, side, device=meta, dtype=dtype),
-            torch.empty(rows, device=meta, dtype=torch.long),
-            {key: x.to(dtype).expand(rows, *x.shape[1:]) for key, x in embeddings.items()},
-            torch.empty(rows, 6, device=meta, dtype=dtype),
-        )
-
-    try:
-        return step_need(models, forward, dtype)
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise RecipeError(
-            f"the components of model.name={recipe.model.name!r} do not fit each other at "
-            f"data.resolution={recipe.data.resolution}: {' '.join(str(error).split())[:300]}"
-        ) from None
-
-
-def _enable_checkpointing(recipe: DreamBooth, denoiser: Any) -> None:
-    if recipe.training.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
-
-
-def _run(job: _Job, stop: Stop) -> Result:
+def _run(job: Job, stop: Stop) -> Result:
     recipe, folder = job.recipe, RunFolder(job.recipe.output)
-    facts = _facts(job)
+    facts = facts_of(job)
     if not recipe.resume:
         metrics = {"status": "running", **facts, "fixed_loss": {}}
         folder.create(recipe, metrics)
@@ -181,7 +85,7 @@ def _run(job: _Job, stop: Stop) -> Result:
             return Result(folder, metrics, {}, None)
     with folder.locked(), room_in(folder), logging_to(folder.log):
         log.info("%s %s", "continuing" if recipe.resume else "beginning", folder.path)
-        _say_what_is_there(job)
+        say_what_is_there(job)
         started = time.perf_counter()
         pipe = load_pipeline(job.source, recipe.model)
         log.info("loaded %s in %.0f s", recipe.model.name, time.perf_counter() - started)
@@ -196,21 +100,10 @@ def _run(job: _Job, stop: Stop) -> Result:
     return Result(folder, metrics, run.adapters, pipe)
 
 
-def _say_what_is_there(job: _Job) -> None:
-    log.info("%d photos: %s", len(job.photos.photos), ", ".join(photo.name for photo in job.photos.photos))
-    for photos in filter(None, (job.photos, job.prior)):
-        if photos.left_out:
-            log.info("left out, no photos: %s", ", ".join(photos.left_out))
-    smallest = min(min(photo.original_size) for photo in job.photos.photos)
-    if smallest < job.recipe.data.resolution:
-        log.info("the smallest photo is %d pixels wide or high and is enlarged", smallest)
-    log.info("a step needs about %.2f GiB", job.need.total / 2**30)
-
-
 class _Run:
     """A run from its loaded pipeline on."""
 
-    def __init__(self, job: _Job, pipe: Any, folder: RunFolder, metrics: dict[str, Any], stop: Stop) -> None:
+    def __init__(self, job: Job, pipe: Any, folder: RunFolder, metrics: dict[str, Any], stop: Stop) -> None:
         self._recipe, self._family, self._pipe = job.recipe, job.source.family, pipe
         self._folder, self._metrics, self._stop = folder, metrics, stop
         self._device = current_device()
@@ -229,7 +122,7 @@ class _Run:
             self.adapters = load_adapters(pipe, last[0], is_trainable=True)
         for model in self.adapters.values():
             model.to(self._device)
-        _enable_checkpointing(job.recipe, getattr(pipe, self._family.denoiser))
+        enable_checkpointing(job.recipe, getattr(pipe, self._family.denoiser))
         self._learner = Learner(pipe, self._family, job.recipe, self.adapters, groups, job.objective)
         if last is not None:
             self._learner.load(last[0] / STATE)
@@ -243,7 +136,7 @@ class _Run:
         if last is not None:
             self._progress = last[1]
 
-    def _encoded(self, job: _Job) -> dict[str, Encoded]:
+    def _encoded(self, job: Job) -> dict[str, Encoded]:
         path, names = self._folder.path / "encoded.safetensors", ["subject"]
         if self._recipe.prior.prompt is not None:
             names.append("prior")
@@ -261,7 +154,7 @@ class _Run:
                 on_photo=self._stop.check,
             )
             tensors = {key: x for name, group in found.items() for key, x in group.tensors(name).items()}
-            _write(path, partial(save_file, tensors))
+            write_file(path, partial(save_file, tensors))
         tensors = load_file(path)
         return {name: Encoded.from_tensors(tensors, name) for name in names}
 
@@ -274,7 +167,7 @@ class _Run:
         for i, path in enumerate(tqdm(paths, desc="drawing the class", unit="image")):
             if not path.is_file():
                 (image,) = self._draw(str(prior.prompt), [self._recipe.seed + i])
-                _write(path, image.save)
+                write_file(path, image.save)
         return [square(Image.open(path).convert("RGB"), side, path.name) for path in paths]
 
     def train(self) -> None:
@@ -358,7 +251,7 @@ class _Run:
         path.parent.mkdir(exist_ok=True)
         with tqdm(total=len(prompts) * len(seeds), desc=f"images, {name}", unit="image", leave=False) as bar:
             rows = [self._draw(prompt, seeds, bar.update) for prompt in prompts]
-        _write(path, grid(rows, prompts).save)
+        write_file(path, grid(rows, prompts).save)
 
     def _draw(self, prompt: str, seeds: list[int], on_image: Callable[[], object] = lambda: None) -> list[Image.Image]:
         def done() -> None:
@@ -375,27 +268,3 @@ class _Run:
             guidance_scale=self._recipe.validation.guidance_scale,
             on_image=done,
         )
-
-
-def _facts(job: _Job) -> dict[str, Any]:
-    """What a run is, for whoever reads its metrics later."""
-    data: dict[str, Any] = {"photos": len(job.photos.photos), "sha256": job.photos.sha256}
-    if job.prior is not None:
-        data["prior"] = {"photos": len(job.prior.photos), "sha256": job.prior.sha256}
-    return {
-        "model": job.recipe.model.name,
-        "pipeline": job.source.family.pipeline,
-        "method": job.recipe.method,
-        "seed": job.recipe.seed,
-        "data": data,
-        "left_out": job.photos.left_out,
-        "needed_memory_bytes": job.need._asdict(),
-        **environment("diffusers"),
-    }
-
-
-def _write(path: Path, save: Callable[[Path], object]) -> None:
-    """Write a file under another name, and give it its own when it is whole."""
-    temporary = path.with_name(f".part-{path.name}")
-    save(temporary)
-    temporary.replace(path)

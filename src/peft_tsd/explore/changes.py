@@ -10,31 +10,27 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from ..adapter_files import PREFIX, WEIGHTS, check_weights
-from ..config import REFUSED_FIELDS, TsdConfig
-from ..directions import LowRank
-from ..errors import RecipeError, one_line
-from ..export import lora_scaling, stack_layer
-from ..loading import Source
-from ..spectrum import as_double
+from ..directions.change import LowRank
+from ..directions.spectrum import as_double
+from ..errors import one_line
+from ..export.factors import lora_scaling, stack_layer
+from ..files.adapters import PICKLED, PREFIX, WEIGHTS
+from ..models.finding import Source
+from ..tuner.checking import check_weights
+from ..tuner.config import REFUSED_FIELDS, TsdConfig
+from ..tuner.inits import moves_base, rounds_base
 from .errors import ExploreError
 from .skeleton import Weight
 from .weights import Checkpoint, SafetensorsFiles, fetch
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-
-# Initializations of LoRA that move a part of the base weight into the adapter.
-_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class Changes(Protocol):
@@ -207,13 +203,10 @@ def open_adapter(
         )
     file = fetch(source, WEIGHTS, name)
     if file is None:
-        pickled = fetch(source, "adapter_model.bin", name) is not None
-        hint = " (adapter_model.bin is pickled and not read: load the adapter with PEFT and save it again)"
+        pickled = fetch(source, PICKLED, name) is not None
+        hint = f" ({PICKLED} is pickled and not read: load the adapter with PEFT and save it again)"
         raise ExploreError(f"{name} has no {WEIGHTS}{hint if pickled else '; get the whole adapter'}")
-    try:
-        check_weights(file, config)
-    except RecipeError as error:
-        raise ExploreError(str(error)) from None
+    check_weights(file, config)
     files = SafetensorsFiles([file])
     grouped = {n for n, module in model.named_modules() if isinstance(module, nn.Conv2d) and module.groups > 1}
     low_rank = (
@@ -223,7 +216,7 @@ def open_adapter(
     )
     if isinstance(config, LoraConfig) and not isinstance(config, TsdConfig):
         init = config.init_lora_weights
-        if isinstance(init, str) and init.startswith(_BASE_CHANGING):
+        if moves_base(init) or rounds_base(init):
             raise ExploreError(
                 f"{name} was trained with init_lora_weights={init!r}, which takes a part out of the base weight that "
                 "its files do not hold; save it with path_initial_model_for_weight_conversion as a plain LoRA"

@@ -5,29 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PretrainedConfig, PreTrainedModel
 
-from ..adapter_files import check_config
-from ..directions import change_norm, check_matrix
+from ..directions.change import change_norm, check_matrix
+from ..directions.spectrum import Spectrum
 from ..errors import one_line
-from ..loading import Source, load_config, locate
-from ..recipe import Model, RecipeError
-from ..spectrum import Spectrum
+from ..files.adapters import CONFIG
+from ..models.finding import Source, locate
+from ..models.loading import load_config
+from ..tuner.checking import check_config
 from .changes import Changes, OfCheckpoint, open_adapter
 from .errors import ExploreError
 from .measure import check_settings, measure
 from .results import Exploration, WeightChange
 from .skeleton import Weight, build, select
 from .weights import Checkpoint, fetch, open_checkpoint
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -113,8 +109,8 @@ def prepare(
         torch.empty(0, device=device)
     except (ValueError, RuntimeError, AssertionError) as error:
         raise ExploreError(one_line(error)) from None
-    source = _locate(base, "BASE")
-    if fetch(source, ADAPTER_CONFIG, base) is not None and fetch(source, "config.json", base) is None:
+    source = locate(base, "BASE")
+    if fetch(source, CONFIG, base) is not None and fetch(source, "config.json", base) is None:
         raise ExploreError(f"BASE={base!r} is an adapter; give the model it was trained on")
     config = _config(source, base)
     model = build(config, base)
@@ -171,18 +167,14 @@ def measure_all(
 def _open_tuned(
     name: str, base_config: PretrainedConfig, model: PreTrainedModel, weights: Sequence[Weight]
 ) -> Changes:
-    source = _locate(name, "TUNED")
+    source = locate(name, "TUNED")
     inner = Path(source.name) / "adapter"
-    if (inner / ADAPTER_CONFIG).is_file():  # a run folder stands for its adapter
+    if (inner / CONFIG).is_file():  # a run folder stands for its adapter
         source = Source(str(inner), source.options)
     changes: Changes
-    adapter = None if "gguf_file" in source.options else fetch(source, ADAPTER_CONFIG, name)
+    adapter = None if "gguf_file" in source.options else fetch(source, CONFIG, name)
     if adapter is not None:
-        try:
-            config = check_config(adapter.parent)
-        except RecipeError as error:
-            raise ExploreError(str(error)) from None
-        changes = open_adapter(source, config, name, model, weights)
+        changes = open_adapter(source, check_config(adapter.parent), name, model, weights)
     else:
         tuned_config = _config(source, name)
         if tuned_config.model_type != base_config.model_type:
@@ -197,18 +189,8 @@ def _open_tuned(
     return changes
 
 
-def _locate(name: str, key: str) -> Source:
-    try:
-        return locate(Model(name=name), key)
-    except RecipeError as error:
-        raise ExploreError(str(error)) from None
-
-
 def _config(source: Source, name: str) -> PretrainedConfig:
-    try:
-        config = load_config(source)
-    except RecipeError as error:
-        raise ExploreError(str(error)) from None
+    config = load_config(source)
     if "gguf_file" not in source.options and getattr(config, "quantization_config", None):
         raise ExploreError(f"{name} is stored quantized; give the model before it was quantized, or its GGUF file")
     return config

@@ -27,8 +27,11 @@ WIDTH = 6.9
 """Inches: two columns of a paper."""
 
 INK, ACCENT, CHANCE = "#4d4d4d", "#0072B2", "#7f7f7f"
+
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
+
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 STYLE: dict[Any, Any] = {

@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers import modeling_gguf_pytorch_utils as reading
 
 from ..errors import one_line
 from .errors import ExploreError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+try:
+    from transformers.integrations.gguf.utils import is_gguf_arch_supported
+except ImportError:  # transformers that reads every file tensor by tensor
+
+    def is_gguf_arch_supported(architecture: str) -> bool:
+        return False
 
 
 class GgufFile:
@@ -34,14 +40,13 @@ class GgufFile:
             ExploreError: The file is damaged, or its architecture is one whose tensors are not read one at a time.
         """
         from gguf import GGUFReader
-        from transformers import modeling_gguf_pytorch_utils as reading
 
         self._path = path
         try:
             reader = GGUFReader(path)
             self._tensors = {tensor.name: tensor for tensor in reader.tensors}
             architecture = reading.read_field(reader, "general.architecture")[0]
-            if _is_loaded_otherwise(architecture):
+            if is_gguf_arch_supported(architecture):
                 raise NotImplementedError(f"transformers reads {architecture} files as a whole")
             processor_class = reading.TENSOR_PROCESSORS.get(architecture, reading.TensorProcessor)
             self._processor = processor_class(config=model.config.to_dict())
@@ -68,11 +73,3 @@ class GgufFile:
             parsed_parameters={"tensors": {}},
         ).weights
         return torch.from_numpy(np.array(values))
-
-
-def _is_loaded_otherwise(architecture: str) -> bool:
-    try:
-        from transformers.integrations.gguf.utils import is_gguf_arch_supported
-    except ImportError:
-        return False
-    return bool(is_gguf_arch_supported(architecture))

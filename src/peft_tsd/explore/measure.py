@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from ..directions import LowRank, change_norm, check_change, coordinates_on
-from ..spectrum import Spectrum, as_double
+from ..directions.change import LowRank, change_norm, check_change
+from ..directions.definitions import coordinates_on
+from ..directions.spectrum import Spectrum, as_double
 from .results import Agreement, Exploration, FloatArray, IntArray, Overlap, WeightChange, highest
 from .trajectory import Trajectory, same_norm
 

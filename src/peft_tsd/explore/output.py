@@ -19,8 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from ..folders import write_folder
+from ..files.whole import write_folder
 from .errors import ExploreError
+from .figures import write_figures
+from .report import render
 from .results import Agreement, Exploration, Overlap, WeightChange, highest, summary
 
 
@@ -62,8 +64,6 @@ def write(
     check_out(out)
 
     def fill(folder: Path) -> None:
-        from .figures import write_figures
-        from .report import render
 
         (folder / "report.html").write_text(render(explorations, overlap, agreement), encoding="utf-8")
         (folder / "figures").mkdir()

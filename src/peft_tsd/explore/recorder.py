@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import TrainerCallback
 
-from ..directions import LowRank, check_matrix, rates_on
-from ..distributed import is_main_process
-from ..layer import TsdLayer
-from ..quantized import dequantized, is_quantized
-from ..spectrum import Spectrum, as_double
+from ..directions.change import LowRank, check_matrix
+from ..directions.definitions import rates_on
+from ..directions.spectrum import Spectrum, as_double
+from ..distributed.sharded import is_main_process
+from ..files.adapters import name_in_base
+from ..files.whole import write_file
+from ..models.matrix import as_matrix, is_transposed, no_matrix
+from ..models.packed import dequantized, is_quantized
+from ..tuner.layer import TsdLayer
 from .measure import check_settings
 from .trajectory import INDEX, read_index, same_norm, step_files, step_name, write_index
 
@@ -136,12 +140,7 @@ class DirectionRecorder(TrainerCallback):
             device = spectrum.sigma.device
             found = rates_on(spectrum, (b.to(device), a.to(device), scaling), self.eps)
             rates[name] = found.float().cpu().contiguous()
-        temporary = self.folder / f".{step_name(step)}"
-        try:
-            save_file(rates, temporary)
-            temporary.replace(self.folder / step_name(step))
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_file(self.folder / step_name(step), partial(save_file, rates))
         self._last = step
 
     def _begin(self, model: nn.Module, first: int, resumed: bool) -> None:
@@ -209,7 +208,7 @@ class DirectionRecorder(TrainerCallback):
         for full_name, layer in model.named_modules():
             if not isinstance(layer, LoraLayer):
                 continue
-            name = full_name.split("base_model.model.", 1)[-1]
+            name = name_in_base(full_name)
             adapter = self.adapter_name or next(iter(layer.active_adapters), "default")
             if layer.merged:
                 raise ValueError(f"The adapter is merged into the weight of {name}; call unmerge_adapter() first.")
@@ -228,10 +227,11 @@ class DirectionRecorder(TrainerCallback):
 def frozen_weight(layer: LoraLayer) -> Tensor:
     """The frozen base weight of a LoRA layer as a matrix (out, in): a view of it, or de-quantized."""
     base = layer.get_base_layer()
-    if is_quantized(base):
-        return dequantized(base, layer.in_features)
-    weight: Tensor = base.weight.detach()
-    return weight.T if isinstance(base, Conv1D) else weight.flatten(1)
+    return (
+        dequantized(base, layer.in_features)
+        if is_quantized(base)
+        else as_matrix(base.weight.detach(), is_transposed(base))
+    )
 
 
 def _change(layer: LoraLayer, adapter: str) -> LowRank:
@@ -246,10 +246,8 @@ def _unsupported(layer: LoraLayer, adapter: str) -> str | None:
     if adapter not in layer.lora_A:
         return f"no A and B of an adapter {adapter!r}: an embedding, or an adapter of other layers"
     base = layer.get_base_layer()
-    if not (is_quantized(base) or isinstance(base, (nn.Linear, Conv1D, nn.Conv2d))):
-        return f"of type {type(base).__name__}: only Linear, Conv1D and Conv2d weights have directions here"
-    if isinstance(base, nn.Conv2d) and base.groups != 1:
-        return f"a convolution in {base.groups} groups, whose LoRA is not a change of the kernel's shape"
+    if not is_quantized(base) and (reason := no_matrix(base)):
+        return reason
     if adapter in layer.lora_variant:
         return f"its change is not B·A alone ({type(layer.lora_variant[adapter]).__name__})"
     if any(weight.is_meta or isinstance(weight, DTensor) for weight in base.parameters()):

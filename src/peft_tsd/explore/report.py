@@ -16,9 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from ..embedding import script_digest, script_json
+from ..pages.embedding import one_script, script_digest, script_json
 from .results import HIGHEST, Agreement, Exploration, FloatArray, Overlap, summary
 from .views import histogram, kinds, layers, representative, tail
+
+PARTS = ("state", "text", "charts", "map", "weight", "models", "page")
+"""The page's JavaScript, each using those before it."""
 
 
 def render(
@@ -42,7 +45,8 @@ def render(
     except ImportError:
         raise ImportError("the report needs the package plotly: pip install 'peft-tsd[explore]'") from None
     page = files("peft_tsd.explore") / "page"
-    plotly, script = get_plotlyjs(), (page / "page.js").read_text("utf-8")
+    plotly = get_plotlyjs()
+    script = one_script((page / f"{part}.js").read_text("utf-8") for part in PARTS)
     return Template((page / "page.html").read_text("utf-8")).substitute(
         title=html.escape(f"Task-specific directions of {', '.join(one.tuned for one in explorations)}"),
         scripts=f"{script_digest(plotly)} {script_digest(script)}",
@@ -54,7 +58,7 @@ def render(
 
 
 def _data(explorations: Sequence[Exploration], overlap: Overlap | None, agreement: Agreement | None) -> str:
-    """What `page.js` reads: the summary, with what the page shows beyond it."""
+    """What `state.js` reads: the summary, with what the page shows beyond it."""
     data = summary(explorations, overlap, agreement)
     arrays = _Arrays()
     for one, model in zip(explorations, data["models"]):

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
+
 IntArray = NDArray[np.int64]
 
 HIGHEST = (1, 2, 4, 8, 16)

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import transformers
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from transformers import PretrainedConfig, PreTrainedModel
 
-from ..errors import one_line
-from ..recipe import did_you_mean
+from ..errors import did_you_mean, one_line
+from ..models.matrix import MATRICES, as_matrix, as_stored, is_transposed, matrix_shape
 from .errors import ExploreError
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -42,16 +40,15 @@ class Weight:
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in); of a convolution (out, in/groups·kh·kw)."""
-        matrix = self.matrix(torch.empty(self.stored, device="meta"))
-        return matrix.shape[0], matrix.shape[1]
+        return matrix_shape(self.stored, self.transposed)
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """The stored tensor as a matrix (out, in): a view of it."""
-        return tensor.mT if self.transposed else tensor.flatten(1)
+        return as_matrix(tensor, self.transposed)
 
     def tensor(self, matrix: Tensor) -> Tensor:
         """A matrix (out, in) as it is stored; the inverse of `matrix`."""
-        return matrix.mT if self.transposed else matrix.reshape(self.stored)
+        return as_stored(matrix, self.stored, self.transposed)
 
 
 def build(config: PretrainedConfig, name: str) -> PreTrainedModel:
@@ -64,8 +61,6 @@ def build(config: PretrainedConfig, name: str) -> PreTrainedModel:
     Raises:
         ExploreError: There is no class for it.
     """
-    import transformers
-
     architecture = (config.architectures or [""])[0]
     model_class: Any = getattr(transformers, architecture, None)
     # Attention kernels do not matter here, and the one the configuration names may not be installed.
@@ -104,7 +99,7 @@ def select(model: PreTrainedModel, modules: Sequence[str] | None = None) -> tupl
     left_out: dict[str, str] = {}
     for name, module in model.named_modules():
         wanted = modules is None or any(name == ending or name.endswith(f".{ending}") for ending in modules)
-        if not isinstance(module, (nn.Linear, Conv1D, nn.Conv2d)):
+        if not isinstance(module, MATRICES):
             if wanted and not isinstance(module, nn.Embedding):
                 left_out.update(_matrices_of(name, module))
         elif wanted and modules is None and name in heads:
@@ -113,7 +108,7 @@ def select(model: PreTrainedModel, modules: Sequence[str] | None = None) -> tupl
             weight = module.weight
             found.setdefault(
                 id(weight),
-                Weight(name, tuple(owners[id(weight)]), tuple(weight.shape), isinstance(module, Conv1D)),
+                Weight(name, tuple(owners[id(weight)]), tuple(weight.shape), is_transposed(module)),
             )
     measured = tuple(found.values())
     for ending in modules or ():

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from ..files.whole import write_text
 from .results import IntArray
 
 INDEX = "trajectory.json"
@@ -118,8 +119,6 @@ def read_index(folder: Path) -> tuple[dict[str, tuple[int, int]], dict[str, floa
 
 
 def write_index(folder: Path, shapes: dict[str, tuple[int, int]], norms: dict[str, float], eps: float) -> None:
-    """Write the index into `folder`, under a temporary name first."""
+    """Write the index into `folder`."""
     weights = {name: {"shape": list(shape), "norm": norms[name]} for name, shape in shapes.items()}
-    temporary = folder / f".{INDEX}"
-    temporary.write_text(json.dumps({"eps": eps, "weights": weights}, indent=1), encoding="utf-8")
-    temporary.replace(folder / INDEX)
+    write_text(folder / INDEX, json.dumps({"eps": eps, "weights": weights}, indent=1))

@@ -10,20 +10,23 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.utils import cached_file
 
 from ..errors import one_line
-from ..loading import Source
+from ..models.finding import Source
 from .errors import ExploreError
+from .gguf_file import GgufFile
 from .skeleton import Weight
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 WEIGHTS = "model.safetensors"
+
 INDEX = "model.safetensors.index.json"
 
 _IN_PARTS = ""  # stands for a tensor's name where a weight is put together from several
@@ -117,8 +120,6 @@ def open_checkpoint(source: Source, name: str, model: PreTrainedModel) -> Checkp
         ExploreError: Files are missing or damaged, or of a format that is not read.
     """
     if "gguf_file" in source.options:
-        from .gguf_file import GgufFile
-
         gguf = GgufFile(Path(source.name) / source.options["gguf_file"], name, model)
         return Checkpoint(name, gguf.keys, gguf.read, lambda key: None)
     files = SafetensorsFiles(find_files(source, name))
@@ -166,7 +167,6 @@ def fetch(source: Source, file: str, name: str) -> Path | None:
     if Path(source.name).is_dir():
         path = Path(source.name) / file
         return path if path.is_file() else None
-    from transformers.utils import cached_file
 
     try:
         found = cached_file(
@@ -183,9 +183,6 @@ def fetch(source: Source, file: str, name: str) -> Path | None:
 def _names_in_model(files: SafetensorsFiles, model: PreTrainedModel) -> dict[str, str]:
     """The name of the stored tensor of every parameter, following transformers in what a checkpoint may call it:
     without, or with, the prefix of the base model; and what older versions of the architecture were called."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if not isinstance(t, WeightRenaming)]

@@ -1,0 +1,5 @@
+"""The command `peft-tsd`."""
+
+from .main import main
+
+__all__ = ["main"]

@@ -1,0 +1,7 @@
+"""`python -m peft_tsd.cli`."""
+
+import sys
+
+from .main import main
+
+sys.exit(main())

@@ -1,0 +1,73 @@
+"""A change of a weight: dense, or as low-rank factors `(B, A, scaling)` with B (out, r) and A (r, in), meaning
+`scaling · B A`. The factors are never multiplied out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .spectrum import as_double
+
+LowRank = tuple[Tensor, Tensor, float]
+"""A change `scaling · B A` as (B, A, scaling), with B (out, r) and A (r, in)."""
+
+
+def check_matrix(matrix: Tensor, name: str) -> None:
+    """Refuse what no definition here covers, naming it `name`.
+
+    Raises:
+        TypeError: Not a floating-point tensor.
+        ValueError: Not two-dimensional, empty, or holding NaN or Inf.
+    """
+    if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
+        kind = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
+        raise TypeError(f"{name} must be a floating-point tensor of shape (out, in); got {kind}.")
+    if matrix.ndim != 2 or matrix.numel() == 0:
+        raise ValueError(f"{name} must be a non-empty matrix of shape (out, in); got shape {tuple(matrix.shape)}.")
+    bad = matrix.numel() - int(torch.isfinite(matrix).sum())
+    if bad:
+        raise ValueError(
+            f"{name} of shape {tuple(matrix.shape)} holds {bad} NaN or Inf; its directions are not defined. "
+            "Look for a diverged training step or a damaged checkpoint."
+        )
+
+
+def check_change(weight: Tensor, delta: Tensor | LowRank) -> None:
+    """Refuse a weight, or a change of it, that the definitions here do not cover.
+
+    Raises:
+        TypeError, ValueError: As `check_matrix`, for either; or the shapes do not fit; or a scaling is not finite.
+    """
+    check_matrix(weight, "weight")
+    if isinstance(delta, Tensor):
+        check_matrix(delta, "delta")
+        shape = tuple(delta.shape)
+    else:
+        if not isinstance(delta, tuple) or len(delta) != 3:
+            raise TypeError(f"delta must be a dense tensor or the tuple (B, A, scaling); got {type(delta).__name__}.")
+        b, a, scaling = delta
+        check_matrix(b, "delta's B")
+        check_matrix(a, "delta's A")
+        if b.shape[1] != a.shape[0]:
+            raise ValueError(
+                "delta's factors must be B (out, r) and A (r, in) with one r; "
+                f"got B {tuple(b.shape)} and A {tuple(a.shape)}."
+            )
+        if scaling != scaling or abs(scaling) == float("inf"):
+            raise ValueError(f"delta's scaling must be finite; got {scaling}.")
+        shape = (b.shape[0], a.shape[1])
+    if shape != tuple(weight.shape):
+        raise ValueError(f"delta must have the weight's shape {tuple(weight.shape)}; got {shape}.")
+
+
+def change_norm(delta: Tensor | LowRank) -> float:
+    """‖ΔW‖ (Frobenius); of low-rank factors, from the (r, r) core between the QR factors of B and Aᵀ."""
+    if isinstance(delta, Tensor):
+        return float(as_double(delta).norm())
+    b, a, scaling = delta
+    # Not from BᵀB and AAᵀ: squaring would lose half of the digits where the factors' terms cancel each other, as those
+    # of a LoRA-Init that has just begun.
+    core_b = torch.linalg.qr(as_double(b), mode="r").R
+    core_a = torch.linalg.qr(as_double(a).mT, mode="r").R
+    return abs(scaling) * float((core_b @ core_a.mT).norm())

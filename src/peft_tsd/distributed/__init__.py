@@ -1,0 +1,1 @@
+"""Several processes: what is split over them, and who does what."""

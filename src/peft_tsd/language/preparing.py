@@ -1,0 +1,211 @@
+"""Everything about a run that can be refused before a weight is read: on the model's configuration alone."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftConfig, get_peft_model
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, set_seed
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
+
+from ..errors import RecipeError, check_choice
+from ..models.finding import Source, locate
+from ..models.loading import check_target_modules, load_config, load_model, load_skeleton, load_tokenizer
+from ..recipes.adapters import adapter_config
+from ..recipes.methods import METHODS, Row
+from ..runs.disk import check_disk
+from ..runs.folder import RunFolder
+from ..runs.machine import environment
+from ..tuner.config import without_weights
+from .recipe import Recipe
+from .sections import SUITES
+from .tasks import Family, load_task
+from .tasks.classification import Classification
+from .tasks.material import Material
+
+
+class Job(NamedTuple):
+    """A recipe that was found possible, and what was learned on the way."""
+
+    recipe: Recipe
+    task: Family
+    material: Material
+    rows: list[dict[str, Any]]
+    """The training examples as tokens; empty where nothing will be trained."""
+    tokenizer: Any
+    adapter_config: PeftConfig | None
+    """None where the method has no adapter."""
+    steps: int
+    folder: RunFolder
+    load_base: Callable[[], Any]
+    load_skeleton: Callable[[], Any]
+    """The base without its weights."""
+
+    @property
+    def method(self) -> Row:
+        return METHODS[self.recipe.method]
+
+    @property
+    def is_suite(self) -> bool:
+        return self.recipe.task.family in SUITES
+
+    def scores(
+        self, model: Any, title: str, on_batch: Callable[[], None] = lambda: None
+    ) -> dict[str, dict[str, float]]:
+        """Every metric of every task."""
+        model.eval()
+        found = {}
+        dtype = getattr(torch, self.recipe.model.dtype)
+        # Full fine-tuning keeps its weights in float32 and computes in the recipe's dtype.
+        casting = torch.autocast(model.device.type, dtype, enabled=next(model.parameters()).dtype != dtype)
+        with casting, tqdm(total=self.material.questions, desc=title, unit="question") as bar:
+
+            def done(questions: int) -> None:
+                bar.update(questions)
+                on_batch()
+
+            for name, examples in self.material.tests.items():
+                batch_size = self.recipe.evaluation.batch_size
+                found[name] = self.task.score(model, self.tokenizer, examples, batch_size, done)
+        return found
+
+    def average(self, scores: dict[str, dict[str, float]]) -> float:
+        """The mean over tasks of the metric that counts."""
+        return sum(metrics[self.task.metric] for metrics in scores.values()) / len(scores)
+
+
+class _Read(NamedTuple):
+    """What a recipe names, read; of the model only its configuration."""
+
+    source: Source
+    task: Family
+    material: Material
+    config: Any
+    tokenizer: Any
+    rows: list[dict[str, Any]]
+
+
+def check(recipes: Iterable[Recipe]) -> None:
+    """Refuse what `train` would, without making anything; recipes of the same data share the reading of them.
+
+    Raises:
+        RecipeError: As `train`.
+    """
+    known: dict[str, _Read] = {}
+    for recipe in recipes:
+        key = json.dumps(
+            [
+                recipe.model.name,
+                recipe.model.quantization,
+                recipe.data.model_dump(),
+                recipe.task.model_dump(),
+                recipe.data_seed,
+                recipe.evaluation.on,
+            ]
+        )
+        if key not in known:
+            known[key] = _read(recipe, to_train=True)
+        _checked(recipe, known[key], RunFolder(recipe.output), to_train=True)
+
+
+def prepare(recipe: Recipe, *, to_train: bool = True) -> Job:
+    """Find out that a recipe can be carried out, without reading or fetching a weight."""
+    folder = RunFolder(recipe.output)
+    if to_train and not recipe.resume:
+        folder.check_free()
+    read = _read(recipe, to_train=to_train)
+    source, task, material, config, tokenizer, rows = read
+    if isinstance(task, Classification):
+        resolved = recipe.task.model_copy(update={"labels": task.labels})
+        recipe = recipe.model_copy(update={"task": resolved})
+    if to_train and recipe.resume:
+        folder.check_resumable(recipe)
+    steps, adapter = _checked(recipe, read, folder, to_train=to_train)
+
+    def load_base() -> Any:
+        # A classifier's new head is drawn here, and must be the same whenever the run is continued or scored.
+        set_seed(recipe.seed)
+        trains_model = to_train and METHODS[recipe.method].trains == "model"
+        dtype = "float32" if trains_model else recipe.model.dtype
+        model = load_model(source, config, task.auto_class, dtype, recipe.model.quantization)
+        # A GGUF file carries a title, which the saved adapter would otherwise name as its base model.
+        model.name_or_path = source.name
+        return model
+
+    def skeleton() -> Any:
+        return load_skeleton(config, task.auto_class, trust_remote_code=recipe.model.trust_remote_code)
+
+    return Job(recipe, task, material, rows, tokenizer, adapter, steps, folder, load_base, skeleton)
+
+
+def _read(recipe: Recipe, *, to_train: bool) -> _Read:
+    check_choice("optimizer.name", recipe.optimizer.name, [name.value for name in OptimizerNames])
+    check_choice("optimizer.schedule", recipe.optimizer.schedule, [name.value for name in SchedulerType])
+    model = recipe.model
+    source = locate(
+        model.name,
+        revision=model.revision,
+        quantization=model.quantization,
+        trust_remote_code=model.trust_remote_code,
+    )
+    task, material = load_task(recipe, to_train=to_train)
+    config = load_config(source, **task.config_fields)
+    tokenizer = load_tokenizer(source)
+    rows = task.encode(material.train, tokenizer) if to_train else []
+    if config.get_text_config().pad_token_id is None:
+        config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return _Read(source, task, material, config, tokenizer, rows)
+
+
+def _checked(recipe: Recipe, read: _Read, folder: RunFolder, *, to_train: bool) -> tuple[int, PeftConfig | None]:
+    """The optimizer steps and the adapter of a run that can be carried out.
+
+    Raises:
+        RecipeError: It cannot.
+    """
+    steps = recipe.training.total_steps(len(read.material.train))
+    if to_train:
+        recipe.check_length(steps)
+    skeleton = load_skeleton(read.config, read.task.auto_class, trust_remote_code=recipe.model.trust_remote_code)
+    adapter = adapter_config(recipe, read.task.peft_task_type, steps)
+    trained = _fit(recipe, adapter, skeleton)
+    if to_train:
+        check_disk(recipe, folder, trained, steps)
+    return steps, adapter
+
+
+def _fit(recipe: Recipe, adapter: PeftConfig | None, skeleton: PreTrainedModel) -> int:
+    """Numbers that a run would train; raises RecipeError where the adapter does not fit the model."""
+    if adapter is None:
+        trains_model = METHODS[recipe.method].trains == "model"
+        return sum(p.numel() for p in skeleton.parameters()) if trains_model else 0
+    check_target_modules(recipe.adapter.target_modules, skeleton)
+    try:
+        adapted = get_peft_model(skeleton, without_weights(copy.deepcopy(adapter)), low_cpu_mem_usage=True)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise RecipeError(f"adapter: {' '.join(str(error).split())}") from None
+    return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+def facts_of(job: Job) -> dict[str, Any]:
+    """What a run is, for whoever reads its metrics later."""
+    material = job.material
+    content = json.dumps([material.train, material.tests if job.is_suite else next(iter(material.tests.values()))])
+    return {
+        "model": job.recipe.model.name,
+        "method": job.recipe.method,
+        "seed": job.recipe.seed,
+        "data": {
+            "train": len(material.train),
+            "test": material.questions,
+            "sha256": hashlib.sha256(content.encode()).hexdigest(),
+        },
+        **environment(),
+    }

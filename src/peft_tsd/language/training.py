@@ -1,0 +1,263 @@
+"""A run: from a recipe to a scored adapter in a folder.
+
+Everything that can be refused is refused first, on the model's configuration alone (`preparing`). Then weights are
+read, the model is scored, transformers' Trainer trains the adapter, and the adapter is saved, exported and scored.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Literal, NamedTuple
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from ..errors import RecipeError, TransitionError, one_line
+from ..export.lora import export_lora
+from ..files.adapters import ORIGIN
+from ..files.whole import write_folder
+from ..models.origin import Fingerprint, fingerprint, read_fingerprint, write_origin
+from ..recipes.adapters import AdaLoraCallback, is_adalora
+from ..runs.disk import room_in
+from ..runs.folder import RunFolder
+from ..runs.log import log, logging_to
+from ..runs.machine import check_one_process, current_device, peak_memory
+from ..runs.stopping import Stop, interruptible
+from ..schedule.callback import TsdCallback
+from ..tuner.checking import check_adapter, check_fits, check_onto
+from ..tuner.phase import PrelaunchWarning
+from .batches import SimilarLengthsTrainer
+from .preparing import Job, facts_of, prepare
+from .progress import Record, begun
+from .recipe import Recipe
+from .tasks.classification import Classification
+
+
+class Result(NamedTuple):
+    """What a run ends with."""
+
+    folder: RunFolder
+    metrics: dict[str, Any]
+    model: Any
+    """With its adapter, if the method has one. None where the run had been finished before."""
+
+
+def train(recipe: Recipe) -> Result:
+    """Do the run a recipe describes, or continue it.
+
+    Raises:
+        RecipeError: The recipe cannot be carried out, and nothing was written; or the run can be continued once what
+            the message says was done.
+        Interrupted: The run was stopped; it can be continued.
+    """
+    check_one_process()
+    with interruptible(Path(recipe.output)) as stop:
+        job = prepare(recipe)
+        stop.check()
+        return _run(job, stop)
+
+
+def _run(job: Job, stop: Stop) -> Result:
+    recipe, folder = job.recipe, job.folder
+    facts = facts_of(job)
+    if not recipe.resume:
+        score: dict[str, Any] = {"metric": job.task.metric, "questions": job.material.questions}
+        if job.is_suite:
+            score["tasks"] = {name: {"questions": len(rows)} for name, rows in job.material.tests.items()}
+            score["left_out"] = job.material.left_out
+        folder.create(recipe, {"status": "running", **facts, "score": score})
+    with folder.locked(), room_in(folder):
+        return _continue(job, facts, stop)
+
+
+def _continue(job: Job, facts: dict[str, Any], stop: Stop) -> Result:
+    """Do what is left of the run: all of it, at first."""
+    recipe, folder = job.recipe, job.folder
+    metrics = folder.read_metrics()
+    if recipe.resume:
+        if metrics["data"] != facts["data"]:
+            raise RecipeError(
+                f"resume=true, and the data are not those the run in {str(folder.path)!r} was begun with: "
+                f"{facts['data']} now, {metrics['data']} then; bring them back, or give output=FOLDER for a new run"
+            )
+        if metrics["status"] == "finished":
+            return Result(folder, metrics, None)
+    with logging_to(folder.log):
+        log.info("%s %s", "continuing" if recipe.resume else "beginning", folder.path)
+        for note in job.material.notes:
+            log.info(note)
+        started = time.perf_counter()
+        base = job.load_base()
+        log.info("loaded %s in %.0f s", recipe.model.name, time.perf_counter() - started)
+        stop.check()
+        made_of = fingerprint(base)
+        begun_with = read_fingerprint(metrics, folder.metrics)
+        if begun_with is None:
+            metrics["base"] = made_of._asdict()
+            folder.write_metrics(metrics)
+        elif not begun_with.agrees_with(made_of):
+            raise RecipeError(
+                f"resume=true, and model.name={recipe.model.name!r} has other weights than when the run in "
+                f"{str(folder.path)!r} was begun; bring them back, or give output=FOLDER for a new run"
+            )
+
+        if isinstance(job.task, Classification):
+            [tests] = job.material.tests.values()
+            metrics["score"]["majority"] = job.task.majority(tests)
+        if recipe.evaluation.before and "before" not in metrics["score"]:
+            scores = job.scores(base.to(current_device()), "scoring before training", stop.check)
+            _record_scores(metrics["score"], job, scores, "before")
+            folder.write_metrics(metrics)
+
+        model, progress = _trained(job, base, made_of, stop)
+        stop.check()
+        kept = {"adapter": folder.adapter, "model": folder.model}.get(job.method.trains)
+        if kept is not None and not kept.exists():
+            write_folder(kept, lambda path: _save(model, job.tokenizer, path))
+        if job.method.directions == "own" and not folder.adapter_lora.exists():
+            log.info("exported %s", export_lora(model, folder.adapter_lora))
+        for adapter in (folder.adapter, folder.adapter_lora):
+            if adapter.exists() and not (adapter / ORIGIN).exists():
+                write_origin(adapter, made_of)
+
+        _record_scores(metrics["score"], job, job.scores(model, "scoring after training", stop.check), "after")
+        trainable, total = _count(model, job)
+        metrics |= {
+            "status": "finished",
+            "trainable_parameters": trainable,
+            "total_parameters": total,
+            "steps": progress["step"],
+            "seconds_per_step": progress["seconds"] / max(1, progress["steps_timed"]),
+            "peak_memory_bytes": max(peak_memory() or 0, progress["peak_memory_bytes"] or 0) or None,
+            "phase_change": progress["transitions"][0] if progress["transitions"] else None,
+            "loss": progress["loss"],
+            "seconds": metrics.get("seconds", 0.0) + time.perf_counter() - started,
+        }
+        folder.write_metrics(metrics)
+        log.info("finished")
+    return Result(folder, metrics, model)
+
+
+def _record_scores(
+    record: dict[str, Any], job: Job, scores: dict[str, dict[str, float]], when: Literal["before", "after"]
+) -> None:
+    record[when] = job.average(scores)
+    if job.is_suite:
+        for name, metrics in scores.items():
+            record["tasks"][name][when] = metrics
+            listed = ", ".join(f"{metric} {value:.4f}" for metric, value in metrics.items())
+            log.info("%s %s training: %s", name, when, listed)
+    log.info("%s %s training: %.4f", job.task.metric, when, record[when])
+
+
+def _trained(job: Job, base: Any, made_of: Fingerprint, stop: Stop) -> tuple[Any, dict[str, Any]]:
+    """The model after its last step, and the progress that was recorded."""
+    if job.method.trains == "nothing":
+        return base.to(current_device()), begun()
+    folder = job.folder
+    dropped = folder.drop_incomplete()
+    if dropped:
+        log.info("removed half-written %s", ", ".join(dropped))
+    last = folder.last_complete()
+    if last is not None and job.adapter_config is not None:
+        check_adapter(last[0])
+    if last is not None and last[1]["step"] >= job.steps:
+        # Trainer, given a checkpoint of the last step, would take one more.
+        if job.adapter_config is None:
+            model = type(base).from_pretrained(last[0])
+        else:
+            check_onto(last[0], job.adapter_config, job.load_skeleton(), job.recipe.model.name)
+            model = PeftModel.from_pretrained(base, last[0], is_trainable=True)
+        return model.to(current_device()), last[1]
+
+    recipe = job.recipe
+    set_seed(recipe.seed)
+    if recipe.training.gradient_checkpointing:
+        base.gradient_checkpointing_enable()
+    model = base.requires_grad_(True) if job.adapter_config is None else get_peft_model(base, job.adapter_config)
+    schedule = TsdCallback() if recipe.uses_directions else None
+    if last is not None and job.adapter_config is not None:
+        check_fits(last[0], model, "default")
+    record = Record(folder, job.steps, made_of, stop, schedule, last[1] if last else None)
+    trainer = (SimilarLengthsTrainer if recipe.training.similar_lengths else Trainer)(
+        model=model,
+        args=_training_arguments(job),
+        train_dataset=job.rows,
+        data_collator=job.task.collator(job.tokenizer, base),
+        # The record comes first, so that its seconds a step leave the transition out.
+        callbacks=[record, schedule] if schedule else [record],
+    )
+    if is_adalora(job.adapter_config):
+        trainer.add_callback(AdaLoraCallback())
+    trainer.remove_callback(PrinterCallback)
+    with warnings.catch_warnings():
+        # A run that is stopped in its pre-launch is going to be continued.
+        warnings.simplefilter("ignore", PrelaunchWarning)
+        try:
+            trainer.train(resume_from_checkpoint=str(last[0]) if last else None)
+        except TransitionError as error:
+            raise RecipeError(f"{error} Lower optimizer.learning_rate, or use model.dtype=float32.") from None
+        except (UnpicklingError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            if last is None or (record.took_steps and not isinstance(error, UnpicklingError)):
+                raise
+            raise RecipeError(
+                f"{str(last[0])!r} cannot be continued from: {one_line(error)}; remove it, and resume=true continues "
+                "from the checkpoint before it, or from the beginning"
+            ) from None
+        finally:
+            record.close()
+    return model, record.progress
+
+
+def _count(model: Any, job: Job) -> tuple[int, int]:
+    """Numbers trained, and numbers in the model."""
+    if isinstance(model, PeftModel):
+        trainable, total = model.get_nb_trainable_parameters()
+        return trainable, total
+    total = model.num_parameters()
+    return (total if job.method.trains == "model" else 0), total
+
+
+def _training_arguments(job: Job) -> TrainingArguments:
+    recipe = job.recipe
+    # An adapter is kept in float32 by PEFT, beside base weights of the recipe's dtype; without one, autocast does it.
+    casts = recipe.model.dtype if job.method.trains == "model" else "float32"
+    arguments = TrainingArguments(
+        output_dir=str(job.folder.checkpoints),
+        max_steps=job.steps,
+        per_device_train_batch_size=recipe.training.batch_size,
+        gradient_accumulation_steps=recipe.training.gradient_accumulation,
+        optim=recipe.optimizer.name,
+        learning_rate=recipe.optimizer.learning_rate,
+        weight_decay=recipe.optimizer.weight_decay,
+        lr_scheduler_type=recipe.optimizer.schedule,
+        warmup_steps=recipe.optimizer.warmup(job.steps),
+        max_grad_norm=recipe.optimizer.max_grad_norm,
+        bf16=casts == "bfloat16",
+        fp16=casts == "float16",
+        use_cpu=current_device().type == "cpu",
+        save_strategy="steps" if job.method.resumes else "no",
+        save_steps=recipe.training.save_every,
+        save_total_limit=recipe.training.keep_checkpoints,
+        # Every step: an average over several would break where a run is continued.
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        seed=recipe.seed,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    # A run is one process on one device; Trainer would take every GPU it sees by DataParallel.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def _save(model: Any, tokenizer: Any, path: Path) -> None:
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)

@@ -1,0 +1,1 @@
+"""Base models: found, loaded, and read as matrices."""

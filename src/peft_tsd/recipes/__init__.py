@@ -1,0 +1,1 @@
+"""Recipes: what a training run is, as a YAML file that is checked before anything starts."""

@@ -1,0 +1,1 @@
+"""The folder, log and machine of a run."""

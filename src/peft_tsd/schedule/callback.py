@@ -1,0 +1,150 @@
+"""`TsdCallback`: the schedule in transformers' Trainer and TRL's trainers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from transformers.trainer_callback import TrainerCallback
+
+from ..distributed.sharded import whole
+from ..errors import in_layer
+from ..tuner.directed import DirectedLayer
+from ..tuner.phase import adapted_layers, config_of, phase_of, steps_taken, warn_in_prelaunch
+from ..tuner.settings import DirectionSettings
+from ..tuner.zero_checkpoints import restore
+from .gradients import Loss, loss_of_output, random_states_kept
+from .prelaunch import checks_made
+from .stepping import advance, identify_from_gradients, log, trained_adapters
+
+
+class TsdCallback(TrainerCallback):
+    """Runs the schedule of TSD adapters in transformers' Trainer and in TRL's trainers.
+
+        ```py
+        >>> Trainer(model=model, ..., callbacks=[TsdCallback()]).train()
+        ```
+
+    An adapter without a pre-launch (`prelaunch_steps=0`) gets its directions before the first step, from the gradients
+    of a few batches (`identify_from_gradients`).
+
+    Args:
+        batches: Those batches, or how many of the Trainer's training batches to take, the first ones of the first
+            epoch. They are trained on all the same.
+        loss: Of the model and a batch, for them alone; the model's own by default.
+
+    Attributes:
+        transitions: One entry a transition made, with its `step`, `seconds` and number of `layers`; `checks`, where an
+            automatic pre-launch made any: the `step` of each and its `agreement` with the one before; and then
+            `checks_seconds`, what they took in this process, with factorizing weights that the transition then need
+            not, and `prelaunch_seconds`, what training took until then.
+
+    Raises:
+        ValueError: At the start of training, where the model has no trainable TSD adapter; otherwise as `advance` and
+            `identify_from_gradients`.
+    """
+
+    def __init__(self, batches: int | Sequence[Any] = 8, loss: Loss = loss_of_output) -> None:
+        if isinstance(batches, int) and (isinstance(batches, bool) or batches < 1):
+            raise ValueError(f"batches must be a positive number of batches, or batches; got {batches!r}.")
+        self.batches = batches
+        self.loss = loss
+        self.transitions: list[dict[str, Any]] = []
+        self._held: list[DirectionSettings] = []
+        self._began = 0.0
+        self._checks_seconds = 0.0
+
+    def on_train_begin(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        remaining = state.max_steps - state.global_step
+        for config, layers, adapter in _trained(model):
+            for name, layer in layers.items():
+                in_layer(name, layer.check_layout, adapter)
+            restore(layers, adapter, state.global_step, args.output_dir)
+            if config.prelaunch_steps == 0:
+                if phase_of(layers, adapter) == "pre-launch":
+                    start = time.perf_counter()
+                    batches = self.batches
+                    if isinstance(batches, int):
+                        batches = _first(batches, train_dataloader)
+                    identify_from_gradients(model, batches, optimizer, adapter, loss=self.loss)
+                    self._record(state.global_step, start, layers, adapter)
+                continue
+            shortest = config.prelaunch_min if config.prelaunch_steps == "auto" else config.prelaunch_steps
+            missing = shortest - steps_taken(layers, adapter)
+            if remaining < missing:
+                event = f"needs {missing} more optimizer steps, will train for only {remaining}, and so end"
+                warn_in_prelaunch(config, layers, adapter, event)
+            else:
+                # Checkpoints written on the way are no finished adapters.
+                config.prelaunch_notice_given = True
+                self._held.append(config)
+        self._began = time.perf_counter()
+
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, model: nn.Module, optimizer: Optimizer, **kwargs: Any
+    ) -> None:
+        start = time.perf_counter()
+        moved = advance(model, optimizer)
+        if moved:
+            for _, layers, adapter in _trained(model):
+                fixed = next(iter(layers.values())).fixed(adapter)
+                if whole(fixed.identified_at) == whole(fixed.step):
+                    self._record(state.global_step, start, layers, adapter)
+        else:
+            self._checks_seconds += time.perf_counter() - start
+
+    def _record(self, step: int, start: float, layers: Mapping[str, DirectedLayer], adapter: str) -> None:
+        now = time.perf_counter()
+        made: dict[str, Any] = {"step": step, "seconds": now - start, "layers": len(layers)}
+        if config_of(layers, adapter).prelaunch_steps == "auto":
+            made["checks"] = checks_made(layers, adapter)
+            made["checks_seconds"] = self._checks_seconds
+            made["prelaunch_seconds"] = start - self._began
+        self.transitions.append(made)
+        log.info("directions of adapter %r identified: %s", adapter, made)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        for config in self._held:
+            config.prelaunch_notice_given = False
+        for config, layers, adapter in _trained(model):
+            warn_in_prelaunch(config, layers, adapter, "ends its training")
+
+
+def _trained(model: nn.Module) -> list[tuple[DirectionSettings, dict[str, DirectedLayer], str]]:
+    found = []
+    for adapter in trained_adapters(model):
+        layers = adapted_layers(model, adapter)
+        found.append((config_of(layers, adapter), layers, adapter))
+    return found
+
+
+def _first(number: int, dataloader: Any) -> list[Any]:
+    """The first batches of a Trainer's dataloader, which gives them again when training begins."""
+    if dataloader is None:
+        raise ValueError("There is no training dataloader to take batches from; pass TsdCallback(batches=[...]).")
+    sampler, batch_sampler = getattr(dataloader, "sampler", None), getattr(dataloader, "batch_sampler", None)
+    owners = (dataloader, sampler, getattr(batch_sampler, "sampler", None))
+    generators = [g for g in (getattr(owner, "generator", None) for owner in owners) if g is not None]
+    states = [generator.get_state() for generator in generators]
+    with random_states_kept():
+        batches = list(islice(dataloader, number))
+    for generator, state in zip(generators, states):
+        generator.set_state(state)
+    # Accelerate holds a dataloader for the one in use until it has been read to its end.
+    in_use = getattr(dataloader, "gradient_state", None)
+    if in_use is not None and in_use.active_dataloader is dataloader:
+        dataloader.end()
+    return batches

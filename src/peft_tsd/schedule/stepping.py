@@ -1,0 +1,167 @@
+"""From pre-launch over the transition to the dash: `TsdCallback` for Trainers, `advance` for any other loop.
+
+Both count *optimizer steps*, in the adapter's own saved state, so that gradient accumulation, gradient checkpointing,
+evaluation and a resumed run change nothing. The transition happens between two steps: the directions of every layer
+are found first, one layer at a time, and only then is anything written.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel  # type: ignore[import-untyped]
+from torch import nn
+from torch.optim import Optimizer
+
+from ..distributed.sharded import held_parts
+from ..tuner.directed import DirectedLayer, Identified
+from ..tuner.phase import adapted_layers, config_of, phase_of, steps_taken
+from ..tuner.zero_checkpoints import hold_copies
+from .gradients import Loss, loss_of_output, weight_gradients
+from .prelaunch import prelaunch_is_over
+from .transition import identified, transition
+
+log = logging.getLogger(__name__)
+
+
+def advance(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], adapter_name: str | None = None) -> bool:
+    """Count one optimizer step, and make the transition when the pre-launch is over.
+
+    Call it once after each `optimizer.step()` of your own loop, on every process:
+
+        ```py
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> advance(model, optimizer)
+        >>> optimizer.zero_grad()
+        ```
+
+    Args:
+        model: The model with TSD adapters, wrapped (DDP, torch.compile, Accelerate) or not.
+        optimizer: The optimizer of the adapter's parameters, or all of them. LoRA-Init and LoRA-TSD clear its moments
+            of A and B at the transition; its schedule goes on.
+        adapter_name: The adapter trained; every active, trainable adapter by default.
+
+    Returns:
+        Whether this call made the transition.
+
+    Raises:
+        ValueError: The model has no trainable TSD adapter, or one without a pre-launch whose directions have not been
+            identified from gradients.
+        TransitionError: At the transition, the optimizer does not hold A and B, or a layer's ΔW or weight holds NaN or
+            Inf (which a check of an automatic pre-launch may find before). Nothing but the step count is changed then.
+    """
+    adapters = [adapter_name] if adapter_name is not None else trained_adapters(model)
+    moved = False
+    for adapter in adapters:
+        layers = adapted_layers(model, adapter)
+        if not layers:
+            raise ValueError(f"The model has no TSD layer with an adapter {adapter!r}.")
+        waiting = phase_of(layers, adapter) == "pre-launch"
+        if waiting and config_of(layers, adapter).prelaunch_steps == 0:
+            raise ValueError(
+                f"Adapter {adapter!r} has prelaunch_steps=0 and no directions: call identify_from_gradients(model, "
+                "batches, optimizer) before the first step, or give it a pre-launch."
+            )
+        with torch.no_grad():
+            steps = [part for layer in layers.values() for part in held_parts(layer.fixed(adapter).step)]
+            torch._foreach_add_(steps, 1)
+        over = waiting and prelaunch_is_over(layers, adapter)
+        if over:
+            transition(layers, adapter, optimizer)
+            moved = True
+        checks = config_of(layers, adapter).check_steps if waiting else ()
+        hold_copies(layers, adapter, anew=over or (bool(checks) and steps_taken(layers, adapter) in checks))
+    return moved
+
+
+def identify_from_gradients(
+    model: nn.Module,
+    batches: Iterable[Any],
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    adapter_name: str | None = None,
+    *,
+    loss: Loss = loss_of_output,
+    memory_gib: float = 1.0,
+) -> None:
+    """Make the transition now, without a pre-launch: by change rates of the gradient of the frozen weights.
+
+    `δ_i = |u_iᵀ G v_i| / (σ_i + ε)`, with G the gradient of the mean loss over `batches` with respect to the weight.
+    So LoRA-Dash learns along its directions, and LoRA-Init starts from them, from the first step on:
+
+        ```py
+        >>> model = get_peft_model(base, TsdConfig(prelaunch_steps=0, ...))
+        >>> identify_from_gradients(model, islice(dataloader, 8))
+        ```
+
+    Call it before the first step, on every process, with batches of its own: all find the directions of the mean. No
+    weight is written to and no `.grad` left, and training goes on as it would have: modes and random number generators
+    are put back. Rates are in the unit of G over σ; their order is what counts.
+
+    Args:
+        model: The model with TSD adapters, wrapped (DDP, torch.compile, Accelerate) or not.
+        batches: A few batches, on the model's device.
+        optimizer: The optimizer, or all of them; needed where it has stepped before.
+        adapter_name: The adapter; every active, trainable adapter by default.
+        loss: The loss of the model and a batch, a scalar; `model(**batch).loss` by default.
+        memory_gib: Most memory that gradients take at one time, on the weights' device. A gradient is as large as its
+            weight in float32; layers are taken in groups that fit (at least one layer each), with a pass over the
+            batches for each group.
+
+    Raises:
+        ValueError: There is no such adapter, no batch, no loss, or no gradient in any layer; or the directions have
+            been identified before.
+        TransitionError: As `advance`.
+    """
+    batches = list(batches)
+    if not batches:
+        raise ValueError("batches is empty; give a few batches of training data.")
+    if not memory_gib > 0:
+        raise ValueError(f"memory_gib must be a positive number of GiB; got {memory_gib!r}.")
+    bare = extract_model_from_parallel(model, keep_torch_compile=False)
+    for adapter in [adapter_name] if adapter_name is not None else trained_adapters(bare):
+        layers = adapted_layers(bare, adapter)
+        if not layers:
+            raise ValueError(f"The model has no TSD layer with an adapter {adapter!r}.")
+        if phase_of(layers, adapter) == "dash":
+            raise ValueError(f"The directions of adapter {adapter!r} have been identified before.")
+        transition(layers, adapter, optimizer, partial(_from_gradients, bare, batches, loss, memory_gib * 2**30))
+
+
+def _from_gradients(
+    model: nn.Module,
+    batches: Sequence[Any],
+    loss: Loss,
+    memory: float,
+    layers: Mapping[str, DirectedLayer],
+    adapter: str,
+) -> dict[str, Identified]:
+    """The directions of every layer from the gradient of its frozen weight."""
+    found: dict[str, Identified] = {}
+    for group in weight_gradients(model, layers, batches, loss, memory):
+        found |= identified({name: layers[name] for name in group}, adapter, group.pop)
+    return {name: found[name] for name in layers}
+
+
+def trained_adapters(model: nn.Module) -> list[str]:
+    """The TSD adapters of `model` that are active and trainable, in the order of their layers.
+
+    Raises:
+        ValueError: There is none.
+    """
+    found: dict[str, None] = {}
+    for module in model.modules():
+        if isinstance(module, DirectedLayer):
+            for adapter in module.active_adapters:
+                if module.carries(adapter) and module.trains(adapter):
+                    found[adapter] = None
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no active, trainable TSD adapter. Make one with "
+            "get_peft_model(base, TsdConfig(...)), or load one with is_trainable=True."
+        )
+    return list(found)

@@ -1,0 +1,84 @@
+"""The transition: the directions of every layer are found first, one at a time, and only then is anything written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from torch import Tensor
+from torch.optim import Optimizer
+from tqdm.auto import tqdm
+
+from ..directions.chance import over_chance, spread
+from ..directions.change import LowRank
+from ..distributed.sharded import is_main_process
+from ..distributed.sharing import share_out
+from ..errors import in_layer
+from ..tuner.directed import DirectedLayer, Identified
+from ..tuner.phase import config_of
+from .moments import forget, owners_of
+from .prelaunch import held_spectrum, release
+
+
+def from_lora(layers: Mapping[str, DirectedLayer], adapter: str) -> dict[str, Identified]:
+    """The directions of every layer from what its LoRA has learned."""
+    with tqdm(total=len(layers), desc="Identifying directions", unit="layer", disable=not is_main_process()) as bar:
+        return identified(layers, adapter, lambda name: layers[name].learned_change(adapter), bar.update)
+
+
+def identified(
+    layers: Mapping[str, DirectedLayer],
+    adapter: str,
+    change_of: Callable[[str], Tensor | LowRank],
+    on_turn: Callable[[int], object] = lambda done: None,
+) -> dict[str, Identified]:
+    """The directions of every layer, each found by one process and known to all."""
+
+    def read(name: str, owner: int) -> tuple[Tensor | None, Tensor | LowRank]:
+        return in_layer(name, lambda _: (layers[name].weight_in(owner), change_of(name)), adapter)
+
+    def work(name: str, given: tuple[Tensor | None, Tensor | LowRank]) -> Identified:
+        weight, change = given
+        layer = layers[name]
+        return in_layer(
+            name, partial(layer.identify, change=change, spectrum=held_spectrum(layer), weight=weight), adapter
+        )
+
+    return share_out(layers, read, work, {name: layer.cost for name, layer in layers.items()}, on_turn)
+
+
+def transition(
+    layers: Mapping[str, DirectedLayer],
+    adapter: str,
+    optimizer: Optimizer | Sequence[Optimizer] | None,
+    identify: Callable[[Mapping[str, DirectedLayer], str], dict[str, Identified]] = from_lora,
+) -> None:
+    """Identify the directions of every layer and write them in; restart A and B where the method says so.
+
+    Args:
+        layers: All layers of the adapter.
+        adapter: Its name.
+        optimizer: Forgets the moments of what restarts; None where it has none yet.
+        identify: Finds what to write, and writes nothing.
+
+    Raises:
+        TransitionError: As `advance`; nothing has been written then.
+    """
+    config = config_of(layers, adapter)
+    restarted = [parameter for layer in layers.values() for parameter in layer.restarted(adapter)]
+    owners = [] if optimizer is None else owners_of(restarted, optimizer)
+    for name, layer in layers.items():
+        in_layer(name, layer.check_identifiable, adapter)
+    try:
+        found = identify(layers, adapter)
+    finally:
+        release(layers)
+    if config.direction_budget == "global":
+        slots = config.direction_slots
+        scores = {name: over_chance(one.chosen.rates[:slots], one.chance) for name, one in found.items()}
+        counts = spread(scores, config.num_directions * len(layers))
+        found = {name: one.limited_to(counts[name]) for name, one in found.items()}
+    for name, layer in layers.items():
+        layer.fill(adapter, found[name])
+    for parameter, owner in zip(restarted, owners):
+        forget(owner, parameter)

@@ -1,0 +1,5 @@
+"""`peft_tsd.tasks`: the tasks of `peft_tsd.language`, under the path at which they have always been public."""
+
+from .language.tasks import Classification, Example, Family, Generation, Glue, Material, load_examples, load_task
+
+__all__ = ["Classification", "Example", "Family", "Generation", "Glue", "Material", "load_examples", "load_task"]

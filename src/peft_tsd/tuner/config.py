@@ -1,0 +1,183 @@
+"""`TsdConfig`: LoRA's configuration, plus which directions are used, how many, and when."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from peft import LoraConfig, PeftConfig
+
+from .inits import LEAVE_BASE, MOVE_BASE, WITHOUT_DATA, moves_base, rounds_base
+from .settings import DirectionSettings, InitReading, check_setting
+
+Method = Literal["lora-dash", "lora-init", "lora-tsd"]
+
+
+class TsdType(str, enum.Enum):
+    """The value under which PEFT's mappings know this method; written as `peft_type` into saved configs."""
+
+    TSD = "TSD"
+
+
+# Fields of LoraConfig that change what a layer computes in ways the directions do not (yet) follow, and why.
+REFUSED_FIELDS = {
+    "use_dora": "directions beside DoRA are DashConfig(peft=LoraConfig(use_dora=True, ...))",
+    "velora_config": "VeLoRA replaces the backward pass of LoRA's A",
+    "alora_invocation_tokens": "an activated LoRA has no single change of the weight to identify directions from",
+    "monteclora_config": "MonteCLoRA samples its change anew at every step",
+    "use_bdlora": "a block-diagonal factor cannot be restarted from, or stacked with, whole singular directions",
+    "arrow_config": "Arrow routes between finished adapters and trains none",
+    "kasa_config": "KaSA truncates the base weight, and here the base weight is never written to",
+    "use_qalora": "QA-LoRA pools the input, so that its A does not fit the directions of the weight",
+    "megatron_config": "Megatron's parallel layers hold only a part of each weight",
+    "target_parameters": "only whole Linear, Conv1D and Conv2d layers carry directions, and such a parameter holds a "
+    "matrix for each expert; name layers beside the experts, such as those of attention, in target_modules",
+    "layer_replication": "replicated layers share one weight, and their directions could not be merged or exported",
+}
+
+
+@dataclass
+class TsdConfig(DirectionSettings, LoraConfig):
+    """Configuration of LoRA-Dash, LoRA-Init and LoRA-TSD (Si et al., arXiv 2409.01035).
+
+    Training starts with a pre-launch of plain LoRA. After `prelaunch_steps` optimizer steps the task-specific
+    directions of every adapted layer are identified, once, from what LoRA learned so far (without a pre-launch: from
+    the gradient of the frozen weights). Then
+
+    - `"lora-dash"` also learns the change along them: `W + s·B·A + Σ_j Δσ_j u_j v_jᵀ`;
+    - `"lora-init"` restarts LoRA's A and B from them;
+    - `"lora-tsd"` does both.
+
+    Everything else is `peft.LoraConfig`'s and means what it means there: `r`, `lora_alpha`, `target_modules`,
+    `rank_pattern`, `use_rslora`, `lora_dropout`, `modules_to_save` and the rest. `"lora-dash"` takes the
+    `init_lora_weights` of PiSSA, OLoRA, CorDA and LoRA-GA too: A and B start as there, and the layer subtracts that
+    start, `W + s(B·A − B₀·A₀)`, where PEFT would take it out of the base weight.
+
+    Args:
+        method (`str`, defaults to `"lora-tsd"`):
+            One of `"lora-dash"`, `"lora-init"`, `"lora-tsd"`.
+        prelaunch_steps (`int` or `"auto"`, defaults to 100):
+            Optimizer steps of plain LoRA before the directions are identified; t in the paper. `"auto"`: until the
+            directions that would be identified have settled. 0: none, the directions are identified from the gradient
+            of the frozen weights (`identify_from_gradients`; `TsdCallback` does it by itself).
+        prelaunch_min (`int`, defaults to 25):
+            The fewest steps of an automatic pre-launch.
+        prelaunch_max (`int`, defaults to 200):
+            The most steps of an automatic pre-launch, whether the directions have settled or not.
+        settled_agreement (`float`, defaults to 0.9):
+            An automatic pre-launch ends where at least this part of the directions, in the mean over layers, was
+            among those of the check before it. Checks stand at `prelaunch_min` / 1.25, at `prelaunch_min`, and from
+            there each a quarter further on than the one before.
+        num_directions (`int`, defaults to 8):
+            Directions a layer whose change is learned directly; s in the paper. `"lora-init"` does not use it: it
+            restarts from the r highest.
+        direction_budget (`str`, defaults to `"layer"`):
+            `"layer"`: every layer gets `num_directions`. `"global"`: the same total goes to the directions of the
+            whole model whose change rates stand out most, each measured by what a random change of the same norm
+            would show in its layer. `"lora-init"` does not use it.
+        max_directions (`int`, *optional*):
+            With `direction_budget="global"`, the most directions a layer can get; 4 × `num_directions` by default.
+            Every layer holds that many scalars from the start, and those it does not get stay zero.
+        init_reading (`str`, defaults to `"svd"`):
+            How LoRA-Init starts from directions U, σ, V. `"svd"`: `B₀ = U Σ^½/√s`, `A₀ = Σ^½ Vᵀ/√s`, the layer
+            computing `W + s(B·A − B₀·A₀)`. `"orthonormal"`: `A₀ = Vᵀ`, `B₀ = 0`. `"lora-dash"` does not use it.
+        dash_lr_ratio (`float`, defaults to 1.0):
+            Δσ is this number times the trained scalar, so that any optimizer moves Δσ that much faster than other
+            parameters. Adam moves a scalar by at most its learning rate a step while σ is of order 1 to 20: in a short
+            run the paper's 1.0 hardly moves Δσ. `"lora-init"` does not use it.
+        dash_unit (`str`, defaults to `"one"`):
+            What Δσ is measured in, times `dash_lr_ratio`. `"one"`: as in the paper. `"sigma"`: each direction's own
+            σ_j, so that what is trained is a change rate. `"layer"`: the root mean square of the layer's singular
+            values. `"lora-init"` does not use it.
+        selection (`str`, defaults to `"tsd"`):
+            Which directions are taken. `"tsd"`: those with the highest change rates. The others are controls, to find
+            out what the choice is worth: the `"top"` or `"bottom"` of the spectrum, `"random"` ones, or those that a
+            `"random-change"`, a Gaussian ΔW in place of the learned one, would have changed most.
+        eps (`float`, defaults to 1e-6):
+            ε in the change rate `|u_iᵀ ΔW v_i| / (σ_i + ε)`, in the unit of σ.
+
+    Raises:
+        ValueError: A value is out of range, or a combination does not make sense; the message says which and why.
+
+    Example:
+
+        ```py
+        >>> from peft import get_peft_model
+        >>> from peft_tsd import TsdConfig
+
+        >>> config = TsdConfig(method="lora-tsd", r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+        >>> model = get_peft_model(base, config)
+        ```
+    """
+
+    method: Method = field(default="lora-tsd", metadata={"help": "lora-dash, lora-init or lora-tsd."})
+    init_reading: InitReading = field(
+        default="svd", metadata={"help": "How LoRA-Init starts from the directions: svd or orthonormal."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = TsdType.TSD
+        # Not a field: whether this is the configuration of weights that exist.
+        self.init_is_saved = False
+        check_setting("method", self.method, get_args(Method))
+        check_setting("init_reading", self.init_reading, get_args(InitReading))
+        self.check_directions()
+        for name, reason in REFUSED_FIELDS.items():
+            if getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)!r} cannot be combined with {self.method}: {reason}.")
+        if refused := self._refused_init():
+            raise ValueError(
+                f"init_lora_weights={self.init_lora_weights!r} cannot be combined with {self.method}: {refused}."
+            )
+        if self.subtracts_init or (self.starts_from_directions and self.init_reading == "svd"):
+            start = "init_lora_weights" if self.subtracts_init else "init_reading"
+            for alpha in (self.lora_alpha, *(self.alpha_pattern or {}).values()):
+                if not alpha > 0:
+                    raise ValueError(
+                        f"lora_alpha={alpha!r} cannot be combined with {self.method} and {start}="
+                        f"{getattr(self, start)!r}, which divides by LoRA's scaling: give a positive alpha or another "
+                        f"{start}."
+                    )
+
+    @property
+    def learns_along_directions(self) -> bool:
+        """Whether Δσ is trained: LoRA-Dash and LoRA-TSD."""
+        return self.method != "lora-init"
+
+    @property
+    def starts_from_directions(self) -> bool:
+        """Whether A and B restart from the directions: LoRA-Init and LoRA-TSD."""
+        return self.method != "lora-dash"
+
+    @property
+    def subtracts_init(self) -> bool:
+        """Whether the layer subtracts the product that A and B are initialized with, as PiSSA's."""
+        return moves_base(self.init_lora_weights)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> TsdConfig:
+        """As `DirectionSettings.from_pretrained`; CorDA's start, whose data are gone, is left to the weights' file."""
+        config: TsdConfig = super().from_pretrained(*args, **kwargs)
+        config.init_is_saved = True
+        return config
+
+    def _refused_init(self) -> str | None:
+        init = self.init_lora_weights
+        if init == "mica":
+            return f"directions beside MiCA are DashConfig(peft=LoraConfig(init_lora_weights={init!r}, ...))"
+        if rounds_base(init):
+            return "LoftQ writes a rounded copy over the base weight, and here that is never written to"
+        if init not in LEAVE_BASE and not self.subtracts_init:
+            return f"use one of {(*LEAVE_BASE, *MOVE_BASE)}"
+        if self.starts_from_directions and init not in WITHOUT_DATA:
+            return "A and B start anew from the directions at the transition; use method='lora-dash'"
+        return None
+
+
+def without_weights(config: PeftConfig) -> PeftConfig:
+    """`config`, changed where making the adapter would read the base weights, for a model that has none."""
+    if isinstance(config, LoraConfig) and config.init_lora_weights == "pissa":
+        config.init_lora_weights = True
+    return config

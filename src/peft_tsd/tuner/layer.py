@@ -1,0 +1,304 @@
+"""The adapter layers: LoRA, plus scalars along fixed directions, computed as one LoRA of a higher rank.
+
+Every layer computes `W_eff = W + B'·A'` with the stacked factors of `peft_tsd.stacked` from the first step on (Si et
+al., arXiv 2409.01035). Until the directions are identified U, V, Δσ, A₀ and B₀ are zeros of their final shape: the
+optimizer and distributed wrappers hold the parameters they will always hold, and there is one forward, with no branch
+on the phase.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from peft.tuners import lora
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from ..directions.change import LowRank, check_matrix
+from ..directions.definitions import TaskSpecificDirections
+from ..distributed.sharded import is_sharded, shape_of, whole, write
+from .config import TsdConfig
+from .directed import DirectedLayer, Identified
+from .held import DashScalars, FixedDirections
+from .stacked import Factors, adapted_linear, add_product, autocasts
+
+
+class TsdLayer(DirectedLayer, LoraLayer):
+    """What LoRA-Dash, LoRA-Init and LoRA-TSD add to a LoRA layer of PEFT, mixed in before it."""
+
+    adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_dash")
+    other_param_names = (*LoraLayer.other_param_names, "lora_directions", "tsd_config")
+
+    shares_weight = False
+    """Whether another module has the same weight: a tied lm_head, whose weight is the embedding's."""
+    _shared: tuple[nn.Parameter, ...] = ()  # that weight, while the layer has a copy to merge into
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: TsdConfig, **kwargs: Any) -> None:
+        if not isinstance(config, TsdConfig):
+            raise TypeError(
+                f"This layer carries a TSD adapter and cannot take one of type {type(config).__name__} beside it. "
+                "Export one of them with export_lora and load that, or use a second model."
+            )
+        if not hasattr(self, "lora_dash"):
+            # PEFT's constructors call update_layer themselves, before a subclass could add anything after them.
+            self.lora_dash = nn.ModuleDict()
+            self.lora_directions = nn.ModuleDict()
+            self.tsd_config: dict[str, TsdConfig] = {}
+        out_size, in_size = self.matrix_shape
+        if config.starts_from_directions and r > min(out_size, in_size):
+            raise ValueError(
+                f"{kwargs.get('target_name') or type(self.get_base_layer()).__name__} has "
+                f"{min(out_size, in_size)} directions, fewer than r={r} that {config.method} starts from. "
+                "Give it a smaller rank with rank_pattern, or leave it out of target_modules."
+            )
+        num_dash = config.direction_slots if config.learns_along_directions else 0
+        num_start = r if config.starts_from_directions else 0
+        if num_dash:
+            self.lora_dash[adapter_name] = DashScalars(num_dash)
+        self.lora_directions[adapter_name] = FixedDirections(
+            in_size,
+            out_size,
+            num_chosen=max(num_dash, num_start),
+            num_dash=num_dash,
+            num_start=r if config.subtracts_init or (num_start and config.init_reading == "svd") else 0,
+            has_unit=config.dash_unit != "one",
+            num_checks=len(config.check_steps),
+        )
+        self.tsd_config[adapter_name] = config
+        base = self.get_base_layer()
+        lost = (
+            config.init_is_saved and str(config.init_lora_weights).startswith("corda") and not hasattr(base, "eigens")
+        )
+        if config.subtracts_init and (lost or self.fixed(adapter_name).step.is_meta):
+            # A and B, and what they started from, are read from a file after this.
+            config = copy.copy(config)
+            config.init_lora_weights = True
+        # Last, because it moves every part of the adapter to the base layer's device and dtype.
+        with _copy_of_weight(base) if config.subtracts_init else nullcontext():
+            super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        if config.subtracts_init:
+            self._fix_start(adapter_name)
+
+    def carries(self, adapter: str) -> bool:
+        return adapter in self.lora_A
+
+    def trains(self, adapter: str) -> bool:
+        return bool(self.lora_A[adapter].weight.requires_grad)
+
+    def settings(self, adapter: str) -> TsdConfig:
+        return self.tsd_config[adapter]
+
+    def fixed(self, adapter: str) -> FixedDirections:
+        return cast(FixedDirections, self.lora_directions[adapter])
+
+    def scalars(self, adapter: str) -> DashScalars:
+        return cast(DashScalars, self.lora_dash[adapter])
+
+    def learned_change(self, adapter: str) -> LowRank:
+        """LoRA's own change (B, A, scaling), as matrices (out, r) and (r, in), detached; less what it started from.
+
+        Where they are sharded, every process must ask.
+        """
+        a, b = (whole(factors[adapter].weight).flatten(1) for factors in (self.lora_A, self.lora_B))
+        fixed = self.fixed(adapter)
+        if self.tsd_config[adapter].subtracts_init and fixed.a0 is not None and fixed.b0 is not None:
+            a, b = torch.cat([a, -whole(fixed.a0)]), torch.cat([b, whole(fixed.b0)], 1)
+        return b, a, self.scaling[adapter]
+
+    def factors(self, adapter: str) -> Factors:
+        """The whole effective change, by its parts."""
+        fixed = self.fixed(adapter)
+        delta_sigma = None
+        if fixed.u is not None:
+            # PEFT's set_scale and scale_layer turn the strength of a whole adapter up and down through `scaling`.
+            delta_sigma = self.delta_sigma(adapter, self._strength(adapter))
+        return Factors(
+            a=self.lora_A[adapter].weight.flatten(1),
+            b=self.lora_B[adapter].weight.flatten(1),
+            scaling=self.scaling[adapter],
+            delta_sigma=delta_sigma,
+            u=fixed.u,
+            v=fixed.v,
+            a0=fixed.a0,
+            b0=fixed.b0,
+        )
+
+    def _strength(self, adapter: str) -> float:
+        r, alpha = self.r[adapter], self.lora_alpha[adapter]
+        initial = alpha / (math.sqrt(r) if self.use_rslora[adapter] else r)
+        return self.scaling[adapter] / initial if initial else 1.0
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The whole effective change of the base weight, in its shape and orientation, in the adapter's dtype.
+
+        Args:
+            adapter: Name of the adapter.
+        """
+        factors = self.factors(adapter)
+        down, up = factors.down(), factors.up()
+        dtype = down.dtype
+        if down.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
+            down, up = down.float(), up.float()  # half-precision products are slow on CPUs
+        return self.like_base(up @ down).to(dtype)
+
+    def _add_product(self, result: Tensor, x: Tensor, factors: Factors) -> Tensor:
+        """`result + ΔW x` for an input and an output of the base layer."""
+        raise NotImplementedError
+
+    def _add_adapter(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
+        x = self._cast_input_dtype(x, self.lora_A[adapter].weight.dtype)
+        result = self._add_product(result, self.lora_dropout[adapter](x), self.factors(adapter))
+        if self.lora_bias[adapter]:
+            b = self.lora_B[adapter]
+            result = result + (b.bias * self.scaling[adapter]).view(-1, *(1,) * (b.weight.ndim - 2))
+        return result
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self._check_forward_args(x, *args, **kwargs)
+        adapter_names = kwargs.pop("adapter_names", None)
+        if self.merged and self.disable_adapters:
+            self.unmerge()
+        adapted = not self.merged and not self.disable_adapters
+        if adapted and adapter_names is None and not args and not kwargs:
+            whole = self._whole_forward(x)
+            if whole is not None:
+                return whole
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        if not adapted:
+            return result
+        if adapter_names is not None:
+            return self._add_by_row(result, x, adapter_names)
+        dtype = result.dtype
+        for adapter in self.active_adapters:
+            if adapter in self.lora_A:
+                result = self._add_adapter(result, x, adapter)
+        return result.to(dtype)
+
+    def _whole_forward(self, x: Tensor) -> Tensor | None:
+        """Base layer and adapter in one step, where that is the same; None elsewhere."""
+        return None
+
+    def _add_by_row(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
+        # Inference on a batch whose rows use different adapters.
+        for adapter in set(adapter_names):
+            if adapter in self.lora_A:
+                rows = [row for row, name in enumerate(adapter_names) if name == adapter]
+                result[rows] = self._add_adapter(result[rows], x[rows], adapter).to(result.dtype)
+        return result
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge adapters into the base weight as PEFT does; a shared one is copied first, and left alone."""
+        base = self.get_base_layer()
+        if self.shares_weight and not self._shared and any(map(self.carries, adapter_names or self.active_adapters)):
+            self._shared = (base.weight,)
+            base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def unmerge(self) -> None:
+        """Take all merged adapters out of the base weight again."""
+        super().unmerge()
+        if self._shared:
+            (self.get_base_layer().weight,), self._shared = self._shared, ()
+
+    def restarted(self, adapter: str) -> list[nn.Parameter]:
+        if not self.tsd_config[adapter].starts_from_directions:
+            return []
+        return [*self.lora_A[adapter].parameters(), *self.lora_B[adapter].parameters()]
+
+    def _start(self, adapter: str, chosen: TaskSpecificDirections) -> tuple[Tensor | None, Tensor | None]:
+        config = self.tsd_config[adapter]
+        if not config.starts_from_directions:
+            return None, None
+        r = self.r[adapter]
+        u, sigma, v = chosen.u[:, :r], chosen.sigma[:r], chosen.v[:, :r]
+        if config.init_reading == "svd":
+            root = (sigma / self.scaling[adapter]).sqrt()
+            return root[:, None] * v.mT, u * root
+        return v.mT, torch.zeros_like(u)
+
+    @torch.no_grad()
+    def fill(self, adapter: str, found: Identified) -> None:
+        if found.start_a is not None and found.start_b is not None:
+            a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+            write(a, found.start_a.view(shape_of(a)))
+            write(b, found.start_b.view(shape_of(b)))
+            if self.lora_bias[adapter]:
+                write(self.lora_B[adapter].bias, torch.zeros(()))
+            self._fix_start(adapter)
+        super().fill(adapter, found)
+
+    @torch.no_grad()
+    def _fix_start(self, adapter: str) -> None:
+        fixed = self.fixed(adapter)
+        if fixed.a0 is not None and fixed.b0 is not None:
+            # From the parameters, so that both sides of B·A − B₀·A₀ carry the same rounding.
+            write(fixed.a0, whole(self.lora_A[adapter].weight).flatten(1))
+            write(fixed.b0, whole(self.lora_B[adapter].weight).flatten(1))
+
+    def check_identifiable(self, adapter: str) -> None:
+        if not is_sharded(self):
+            b, a, _ = self.learned_change(adapter)
+            for name, matrix in (("LoRA's B", b), ("LoRA's A", a)):
+                check_matrix(matrix, name)
+        super().check_identifiable(adapter)
+
+
+@contextmanager
+def _copy_of_weight(base: Any) -> Iterator[None]:
+    """A copy in place of the weight of `base`, for what would write to it."""
+    weight = base.weight.data
+    base.weight.data = weight.clone()
+    try:
+        yield
+    finally:
+        base.weight.data = weight
+
+
+class Linear(TsdLayer, lora.Linear):
+    """TSD on `nn.Linear` and on transformers' `Conv1D`, which stores its weight as (in, out)."""
+
+    def _add_product(self, result: Tensor, x: Tensor, factors: Factors) -> Tensor:
+        return add_product(result, x, factors)
+
+    def _whole_forward(self, x: Tensor) -> Tensor | None:
+        base = self.base_layer
+        adapters = [adapter for adapter in self.active_adapters if adapter in self.lora_A]
+        if torch.compiler.is_compiling() or len(adapters) != 1 or not _is_bare(base):
+            return None
+        (adapter,) = adapters
+        weight, bias = base.weight, base.bias
+        if self.lora_bias[adapter] or (self.training and not isinstance(self.lora_dropout[adapter], nn.Identity)):
+            return None
+        if autocasts(x.device.type) or not x.dtype == weight.dtype == self.lora_A[adapter].weight.dtype:
+            return None
+        return adapted_linear(x, weight, bias, self.factors(adapter))
+
+
+def _is_bare(base: nn.Module) -> bool:
+    """Whether calling `base` is `F.linear` with a frozen weight and nothing more: no hook sees its input or output."""
+    return (
+        type(base) is nn.Linear
+        and "forward" not in vars(base)  # where Accelerate's hooks put theirs
+        and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+        and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+        and type(base.weight.data) is Tensor
+        and not base.weight.requires_grad
+        and (base.bias is None or not base.bias.requires_grad)
+    )
+
+
+class Conv2d(TsdLayer, lora.Conv2d):
+    """TSD on `nn.Conv2d`, its kernel read as a matrix (out, in·kh·kw)."""
+
+    def _add_product(self, result: Tensor, x: Tensor, factors: Factors) -> Tensor:
+        base = self.get_base_layer()
+        kernel = factors.down().view(-1, *base.weight.shape[1:])
+        hidden = F.conv2d(x, kernel, stride=base.stride, padding=base.padding)
+        return result + F.conv2d(hidden, factors.up()[:, :, None, None])

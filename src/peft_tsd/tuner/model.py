@@ -1,0 +1,142 @@
+"""`TsdModel`: the tuner PEFT puts between a model and its TSD layers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from peft.tuners.lora import LoraLayer, LoraModel
+from torch import Tensor, nn
+
+from ..distributed.sharded import whole
+from ..models.packed import keep_as_stored
+from .config import TsdConfig
+from .directed import DirectedLayer
+from .dispatch import check_experts, create_layer
+from .layer import TsdLayer
+from .phase import Phase, adapted_layers, any_layer, phase_of, prelaunch_length, steps_taken, warn_as_saved
+from .quantized import QuantizedLayer
+from .table import Directions, directions_of
+from .zero_checkpoints import completed
+
+
+class DirectedModel:
+    """What a tuner with directions tells of them, mixed in before PEFT's own."""
+
+    model: nn.Module
+    peft_config: dict[str, Any]
+    active_adapters: list[str]
+
+    def phase(self, adapter_name: str | None = None) -> Phase:
+        """The phase of an adapter: `"pre-launch"`, then `"dash"`.
+
+        Args:
+            adapter_name: The adapter; the active one by default.
+
+        Raises:
+            ValueError: There is no such adapter.
+        """
+        return phase_of(*self._layers_of(adapter_name))
+
+    def directions(self, adapter_name: str | None = None) -> Directions:
+        """The directions identified in every layer: arrays for programs, a table when printed.
+
+        Args:
+            adapter_name: The adapter; the active one by default.
+
+        Raises:
+            ValueError: There is no such adapter, or it is still in pre-launch.
+        """
+        layers, adapter = self._layers_of(adapter_name)
+        if phase_of(layers, adapter) == "pre-launch":
+            raise ValueError(
+                f"Adapter {adapter!r} has no directions yet: it has taken {steps_taken(layers, adapter)} of its "
+                f"{prelaunch_length(self.peft_config[adapter])} pre-launch steps."
+            )
+        found = {name: directions_of(layer, adapter) for name, layer in layers.items()}
+        return Directions(found, int(whole(any_layer(layers).fixed(adapter).identified_at)))
+
+    def _layers_of(self, adapter_name: str | None) -> tuple[dict[str, DirectedLayer], str]:
+        adapter = self.active_adapters[0] if adapter_name is None else adapter_name
+        if adapter not in self.peft_config:
+            raise ValueError(f"There is no adapter {adapter!r}; the model has {sorted(self.peft_config)}.")
+        return adapted_layers(self.model, adapter), adapter
+
+
+class TsdModel(DirectedModel, LoraModel):
+    """A model with LoRA-Dash, LoRA-Init or LoRA-TSD adapters (Si et al., arXiv 2409.01035).
+
+    Made by `peft.get_peft_model(model, TsdConfig(...))`; everything PEFT offers on a `LoraModel` works on it, but what
+    would combine adapters by their A and B alone.
+
+    Args:
+        model (`torch.nn.Module`): The model to adapt. Its weights are never written to, but by an explicit merge.
+        config (`TsdConfig`): The configuration of the adapter.
+        adapter_name (`str`, defaults to `"default"`): The name of the adapter.
+        low_cpu_mem_usage (`bool`, defaults to `False`): Create empty adapter weights on the meta device.
+    """
+
+    tuner_layer_cls = TsdLayer
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+        for layer in model.modules():
+            if isinstance(layer, TsdLayer):
+                layer.shares_weight = holders[id(getattr(layer.get_base_layer(), "weight", None))] > 1
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for layer in self.model.modules():
+            if isinstance(layer, QuantizedLayer):
+                layer.check_mergeable()
+
+    def _prepare_model(self, peft_config: TsdConfig, model: nn.Module) -> None:
+        super()._prepare_model(peft_config, model)
+        check_experts(peft_config, model)
+        keep_as_stored(model)
+
+    @staticmethod
+    def _create_new_module(lora_config: TsdConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> TsdLayer:
+        kwargs.pop("device_map", None)
+        return create_layer(target, adapter_name, lora_config, **kwargs)
+
+    def _create_and_replace(
+        self, lora_config: TsdConfig, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any
+    ) -> None:
+        if isinstance(target, LoraLayer) and not isinstance(target, TsdLayer):
+            raise ValueError(
+                f"The model already carries adapters of type {type(target).__module__}.{type(target).__name__}; a TSD "
+                "adapter cannot be added beside them. Merge or unload them first, or use a fresh model."
+            )
+        super()._create_and_replace(lora_config, adapter_name, target, *args, **kwargs)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: TsdConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        warn_as_saved(config, adapted_layers(model, adapter_name), adapter_name)
+        state_dict = completed(model, adapter_name, state_dict)
+        state: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        return state
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        raise ValueError(
+            "path_initial_model_for_weight_conversion is not for TSD adapters, which leave the base weight alone. "
+            "Use export_lora(model, out) for a plain LoRA."
+        )
+
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """Refused: it would combine A and B and drop what was learned along the directions."""
+        raise NotImplementedError(
+            f"Cannot combine the TSD adapters {adapters} by their A and B: what they learned along their directions "
+            "would be lost. Export each with export_lora and combine the plain LoRAs."
+        )

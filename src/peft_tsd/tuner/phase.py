@@ -1,0 +1,91 @@
+"""Where an adapter is between pre-launch and dash, read from its layers; and the warning of one used too early."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import nn
+
+from ..distributed.sharded import is_sharded, whole
+from ..files.adapters import name_in_base
+from .directed import DirectedLayer
+from .settings import DirectionSettings
+
+Phase = Literal["pre-launch", "dash"]
+
+
+def adapted_layers(model: nn.Module, adapter: str) -> dict[str, DirectedLayer]:
+    """The layers of `model` that carry `adapter`, by the name each has in the base model, in the model's order."""
+    return {
+        name_in_base(name): module
+        for name, module in model.named_modules()
+        if isinstance(module, DirectedLayer) and module.carries(adapter)
+    }
+
+
+def config_of(layers: Mapping[str, DirectedLayer], adapter: str) -> DirectionSettings:
+    """The configuration of an adapter, from its layers."""
+    return any_layer(layers).settings(adapter)
+
+
+def steps_taken(layers: Mapping[str, DirectedLayer], adapter: str) -> int:
+    """Optimizer steps the adapter has taken, as its layers recorded them."""
+    return int(whole(any_layer(layers).fixed(adapter).step))
+
+
+def phase_of(layers: Mapping[str, DirectedLayer], adapter: str) -> Phase:
+    """The phase of an adapter, read from its layers."""
+    return "dash" if any_layer(layers).fixed(adapter).identified else "pre-launch"
+
+
+def any_layer(layers: Mapping[str, DirectedLayer]) -> DirectedLayer:
+    # Steps are counted, and directions written, in all layers of an adapter together: one read tells of all.
+    return next(iter(layers.values()))
+
+
+def prelaunch_length(config: DirectionSettings) -> str:
+    """How many steps the pre-launch takes, for messages."""
+    return f"{'at most ' * (config.prelaunch_steps == 'auto')}{config.longest_prelaunch}"
+
+
+class PrelaunchWarning(UserWarning):
+    """An adapter is used as finished while it is still the plain LoRA of its pre-launch."""
+
+
+def warn_in_prelaunch(
+    config: DirectionSettings, layers: Mapping[str, DirectedLayer], adapter: str, event: str
+) -> None:
+    """Say once for each config that `adapter` has no directions yet, and why that is likely so."""
+    if config.prelaunch_notice_given or not layers or phase_of(layers, adapter) == "dash":
+        return
+    config.prelaunch_notice_given = True
+    steps = steps_taken(layers, adapter)
+    if config.prelaunch_steps == 0:
+        cause = (
+            "With prelaunch_steps=0 it takes them from gradients: pass callbacks=[TsdCallback()] to the Trainer, or "
+            "call identify_from_gradients(model, batches) before the first step of your own loop."
+        )
+    elif steps == 0:
+        cause = (
+            "No step was ever counted: pass callbacks=[TsdCallback()] to the Trainer, or call "
+            "advance(model, optimizer) after each optimizer step of your own loop."
+        )
+    else:
+        lower = "prelaunch_max" if config.prelaunch_steps == "auto" else "prelaunch_steps"
+        length = prelaunch_length(config)
+        cause = f"It has counted {steps} of its {length} pre-launch steps: train longer, or lower {lower}."
+    warnings.warn(
+        f"Adapter {adapter!r} ({config.method}) {event} while still in pre-launch: it has no "
+        f"task-specific directions yet. {cause}",
+        PrelaunchWarning,
+        stacklevel=3,
+    )
+
+
+def warn_as_saved(config: DirectionSettings, layers: Mapping[str, DirectedLayer], adapter: str) -> None:
+    """`warn_in_prelaunch`, of an adapter that is being saved."""
+    # One process saves a sharded model, and cannot ask for its phase without the others.
+    if not any(is_sharded(layer) for layer in layers.values()):
+        warn_in_prelaunch(config, layers, adapter, "is saved")

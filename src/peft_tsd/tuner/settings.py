@@ -1,0 +1,168 @@
+"""Which directions, how many, and when: what every configuration with directions has."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+from ..directions.definitions import Selection
+
+InitReading = Literal["svd", "orthonormal"]
+
+DashUnit = Literal["one", "sigma", "layer"]
+
+DirectionBudget = Literal["layer", "global"]
+
+CHECK_GROWTH = 1.25
+"""How much longer an automatic pre-launch has become from one check to the next. Not a number of steps: sets that
+drift ever more slowly, as LoRA's do, pass for settled sooner or later wherever they are compared at a fixed distance.
+"""
+
+
+@dataclass
+class DirectionSettings:
+    """Which directions, how many, and when: the fields of every configuration with directions, mixed into PEFT's.
+
+    `TsdConfig` says what each means.
+    """
+
+    prelaunch_steps: int | Literal["auto"] = field(
+        default=100,
+        metadata={"help": "Optimizer steps before the directions are identified; auto; 0: from gradients."},
+    )
+    prelaunch_min: int = field(default=25, metadata={"help": "The fewest steps of an automatic pre-launch."})
+    prelaunch_max: int = field(default=200, metadata={"help": "The most steps of an automatic pre-launch."})
+    settled_agreement: float = field(
+        default=0.9,
+        metadata={"help": "An automatic pre-launch ends where this part of the directions was in the last check's."},
+    )
+    num_directions: int = field(default=8, metadata={"help": "Directions a layer whose change is learned directly."})
+    direction_budget: DirectionBudget = field(
+        default="layer", metadata={"help": "Whether num_directions go to every layer, or as many in all to the model."}
+    )
+    max_directions: int | None = field(
+        default=None, metadata={"help": "The most directions a layer can get of a global budget."}
+    )
+    dash_lr_ratio: float = field(
+        default=1.0,
+        metadata={"help": "The change along a direction is this number times its trained scalar."},
+    )
+    dash_unit: DashUnit = field(
+        default="one", metadata={"help": "What a change along a direction is measured in: one, sigma or layer."}
+    )
+    selection: Selection = field(
+        default="tsd", metadata={"help": "Which directions: tsd, or as a control top, bottom, random, random-change."}
+    )
+    eps: float = field(default=1e-6, metadata={"help": "Keeps a change rate finite where σ is zero."})
+
+    # Not fields. How an adapter's files are checked: `registration` sets it, for the check knows layers, and so stands
+    # above this module.
+    check_folder: ClassVar[Callable[[Path], None]]
+
+    # The warning about a missing transition is given once a process, and held while a schedule runs.
+    prelaunch_notice_given = False
+
+    @property
+    def method(self) -> str:
+        """Its name in messages."""
+        raise NotImplementedError
+
+    def check_directions(self) -> None:
+        """Refuse values out of range, and combinations that make no sense.
+
+        Raises:
+            ValueError: The message says which, and why.
+        """
+        check_setting("dash_unit", self.dash_unit, get_args(DashUnit))
+        check_setting("selection", self.selection, get_args(Selection))
+        check_setting("direction_budget", self.direction_budget, get_args(DirectionBudget))
+        _check_prelaunch_steps(self.prelaunch_steps)
+        check_positive_int("prelaunch_min", self.prelaunch_min, "the fewest steps of an automatic pre-launch")
+        check_positive_int("prelaunch_max", self.prelaunch_max, "the most steps of an automatic pre-launch")
+        if self.prelaunch_max < self.prelaunch_min:
+            raise ValueError(
+                f"prelaunch_max={self.prelaunch_max} is less than prelaunch_min={self.prelaunch_min}; give the fewest "
+                "and the most steps of an automatic pre-launch."
+            )
+        _check_positive_float("settled_agreement", self.settled_agreement)
+        if self.settled_agreement > 1:
+            raise ValueError(f"settled_agreement is a part, at most 1; got {self.settled_agreement!r}.")
+        check_positive_int("num_directions", self.num_directions, "the number of directions a layer")
+        if self.max_directions is not None:
+            check_positive_int("max_directions", self.max_directions, "the most directions a layer can get")
+            if self.direction_budget == "layer" or self.max_directions < self.num_directions:
+                raise ValueError(
+                    f"max_directions={self.max_directions} is for direction_budget='global', and not less than "
+                    f"num_directions; got direction_budget={self.direction_budget!r}, "
+                    f"num_directions={self.num_directions}."
+                )
+        _check_positive_float("dash_lr_ratio", self.dash_lr_ratio)
+        _check_positive_float("eps", self.eps)
+        if self.direction_budget == "global" and self.selection != "tsd":
+            raise ValueError(
+                f"direction_budget='global' goes by change rates, and selection={self.selection!r} does not; use "
+                "direction_budget='layer'."
+            )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """As PEFT's, which calls it before it loads an adapter: one in a local folder is checked first.
+
+        Raises:
+            AdapterError: As `check_adapter`, where the folder holds an adapter.
+        """
+        cls.check_folder(Path(pretrained_model_name_or_path) / (subfolder or ""))
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)  # type: ignore[misc]
+
+    @property
+    def direction_slots(self) -> int:
+        """Scalars a layer holds for its directions: all of `num_directions`, or as many as it may get of a budget."""
+        if self.direction_budget == "layer":
+            return self.num_directions
+        return self.max_directions or 4 * self.num_directions
+
+    @property
+    def longest_prelaunch(self) -> int:
+        """The most optimizer steps that can pass before the directions are identified."""
+        return self.prelaunch_max if self.prelaunch_steps == "auto" else self.prelaunch_steps
+
+    @property
+    def check_steps(self) -> tuple[int, ...]:
+        """The steps after which an automatic pre-launch checks its directions; none at `prelaunch_max`, its end."""
+        if self.prelaunch_steps != "auto":
+            return ()
+        steps = [max(1, int(self.prelaunch_min / CHECK_GROWTH)), self.prelaunch_min]
+        while steps[-1] < self.prelaunch_max:
+            steps.append(math.ceil(steps[-1] * CHECK_GROWTH))
+        return tuple(sorted({step for step in steps if step < self.prelaunch_max}))
+
+
+def check_setting(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value in choices:
+        return
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.{hint}")
+
+
+def _check_prelaunch_steps(value: Any) -> None:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        return
+    raise ValueError(
+        "prelaunch_steps must be the number of optimizer steps of plain LoRA, 0 for directions from gradients, or "
+        f"'auto'; got {value!r}."
+    )
+
+
+def check_positive_int(name: str, value: Any, meaning: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, {meaning}; got {value!r}.")
+
+
+def _check_positive_float(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive, finite number; got {value!r}.")

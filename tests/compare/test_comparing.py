@@ -1,0 +1,190 @@
+"""Whole comparisons of tiny models: what they leave, and that a killed one ends in the same results."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file
+
+from peft_tsd.cli.main import main
+from peft_tsd.compare import METHODS, compare, make_plan
+from peft_tsd.errors import InputError
+from peft_tsd.runs.folder import RunFolder
+from support import text_models
+
+# What a run measures rather than computes.
+MEASURED = {"seconds", "seconds_per_step", "peak_memory_bytes", "phase_change"}
+
+
+@pytest.fixture
+def place(tmp_path):
+    text_models.llama_folder(tmp_path / "model")
+    text_models.jsonl(tmp_path / "data.jsonl", text_models.rows(30))
+    return tmp_path
+
+
+def computed(out):
+    content = json.loads((out / "results.json").read_text())
+    return [
+        [{key: value for key, value in row.items() if key not in MEASURED} for row in content[part]]
+        for part in ("runs", "tuned")
+    ]
+
+
+@pytest.mark.slow
+def test_every_method_is_run_alike_and_shown(place, capsys):
+    recipe, out = text_models.write_recipe(place, training={"save_every": 100}), place / "out"
+    arguments = ["compare", str(recipe), "--seeds", "0", "--ranks", "2", "--jobs", "2", "--out", str(out)]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    content = json.loads((out / "results.json").read_text())
+    rows = {(row["method"], row["rank"]): row for row in content["runs"]}
+    assert rows.keys() == {(m, None if m in ("base", "full") else 2) for m in METHODS}
+    assert all(row["status"] == "finished" for row in rows.values())
+    assert len({row["data"]["sha256"] for row in rows.values()}) == 1
+    assert {row["steps"] for (method, _), row in rows.items() if method != "base"} == {12}
+    for (method, rank), row in rows.items():
+        assert row["recipe"]["method"] == method
+        assert row["recipe"]["adapter"]["lora_alpha"] == 2 * row["recipe"]["adapter"]["r"]
+        folder = RunFolder(out / "runs" / (method if rank is None else f"{method}-r{rank}") / "seed-0")
+        assert not folder.checkpoints.exists()
+        assert folder.adapter.is_dir() == (method not in ("base", "full"))
+        assert folder.model.is_dir() == (method == "full")
+        if method != "base":
+            assert row["loss"][-1][1] < row["loss"][0][1]
+            # The kept adapter, or model, scores what the run scored.
+            capsys.readouterr()
+            assert main(["evaluate", str(folder.path)]) == 0
+            assert json.loads(capsys.readouterr().out)["score"] == pytest.approx(row["score"])
+
+    def trained(method, rank=None):
+        return rows[method, rank]["trainable_parameters"]
+
+    # q_proj 32 x 32 and down_proj 32 x 48 in two layers, and Δσ of three directions.
+    assert trained("lora", 2) == 2 * 2 * (64 + 80)
+    assert trained("lora-init", 2) == trained("pissa", 2) == trained("lora", 2)
+    assert trained("lora-dash", 2) == trained("lora-tsd", 2) == trained("lora", 2) + 4 * 3
+    assert trained("dora", 2) == trained("lora", 2) + 4 * 32
+    assert trained("full") == rows["base", None]["total_parameters"]
+    assert trained("base") == 0
+    for text in (shown, (out / "results.md").read_text()):
+        assert "| lora-tsd r2  |" in text
+
+    # The same again does nothing again, and a larger comparison keeps what is there.
+    before = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*/metrics.json")}
+    assert len(before) == 9
+    assert main([*arguments, "--methods", "lora,lora-dash"]) == 0
+    assert main([*arguments, "--methods", "lora", "--ranks", "2,3", "--seeds", "0,1"]) == 0
+    assert len(list(out.glob("runs/*/*/metrics.json"))) == 12
+    assert all(path.stat().st_mtime_ns == written for path, written in before.items())
+
+
+@pytest.mark.slow
+def test_killed_at_any_point_it_ends_in_the_same_results(place):
+    recipe = text_models.write_recipe(place, training={"save_every": 3})
+    command = [
+        *(sys.executable, "-m", "peft_tsd.cli", "compare", str(recipe), "--methods", "adalora,lora-tsd"),
+        *("--seeds", "0", "--tune", "lr=0.01,0.003", "--validation-size", "5", "--jobs", "2", "--out"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole, killed = place / "whole", place / "killed"
+    started = time.monotonic()
+    subprocess.run([*command, str(whole)], check=True, capture_output=True, env=environment)
+    took = time.monotonic() - started
+    for part in (0.5, 0.8):
+        process = subprocess.Popen(
+            [*command, str(killed)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        time.sleep(part * took)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    # Its runs have ended with it: no one else works on the folder now.
+    subprocess.run([*command, str(killed)], check=True, capture_output=True, env=environment)
+    assert computed(killed) == computed(whole)
+    runs, tuned = computed(whole)
+    assert (len(runs), len(tuned)) == (2, 4)
+    for run in (path.parent for path in whole.glob("runs/*/*/metrics.json")):
+        for weights in run.rglob("*.safetensors"):
+            other = killed / weights.relative_to(whole)
+            left, right = load_file(weights), load_file(other)
+            assert left.keys() == right.keys()
+            assert all(torch.equal(left[name], right[name]) for name in left), weights
+
+
+@pytest.mark.slow
+def test_the_tuned_value_is_the_best_on_validation_rows(place):
+    recipe = text_models.write_recipe(place)
+    plan = make_plan(str(recipe), methods=["lora"], seeds=[1], tune=("lr", [1e-30, 0.03]), validation_size=12)
+    result = compare(plan, place / "out")
+    scores = {row["value"]: row["score"] for row in result.tuned}
+    assert {row["data"]["train"] for row in [*result.tuned, *result.rows]} == {12}
+    assert {row["questions"] for row in result.tuned} == {12}
+    assert {row["questions"] for row in result.rows} == {6}
+    best = max(scores, key=scores.__getitem__)
+    assert [row["learning_rate"] for row in result.rows] == [best]
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_is_reported_and_the_others_go_on(place, capsys):
+    recipe = text_models.write_recipe(place)
+    plan = make_plan(str(recipe), methods=["lora"], seeds=[0], vary={"optimizer.learning_rate": [1e-3, 1e30]})
+    result = compare(plan, place / "out")
+    assert [row["status"] for row in result.rows] == ["finished", "failed"]
+    assert "training diverged" in result.rows[1]["error"]
+    assert "training diverged" in result.document
+    assert json.loads((place / "out" / "results.json").read_text())["runs"][1]["status"] == "failed"
+
+
+def test_a_folder_of_other_runs_is_refused(place):
+    recipe = text_models.write_recipe(place, training={"steps": 6}, directions={"prelaunch_steps": 2})
+    compare(make_plan(str(recipe), methods=["lora"], seeds=[0]), place / "out")
+    other = make_plan(str(recipe), ["optimizer.learning_rate=0.5"], methods=["lora"], seeds=[0, 1])
+    with pytest.raises(InputError, match=r"optimizer.learning_rate=0.5 differs from 0.01"):
+        compare(other, place / "out")
+    assert not (place / "out" / "runs" / "lora-r2" / "seed-1").exists()
+
+
+def test_a_folder_in_use_is_refused(place):
+    plan = make_plan(str(text_models.write_recipe(place)), methods=["lora"], seeds=[0])
+    (place / "out").mkdir()
+    with FileLock(place / "out" / ".lock"), pytest.raises(InputError, match="is being worked on by another process"):
+        compare(plan, place / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"name": "nowhere.jsonl"}}, "no file"),
+        ({"data": {"answer": "anser"}}, "no column 'anser'"),
+        ({"adapter": {"target_modules": ["q_prj"]}}, "did you mean 'q_proj'?"),
+        ({"data": {"validation_size": 500}}, "data.validation_size=500 of 24 training rows leaves none"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_runs(place, changes, message):
+    plan = make_plan(str(text_models.write_recipe(place, **changes)), seeds=[0])
+    with pytest.raises(InputError, match=".*") as error:
+        compare(plan, place / "out")
+    assert message in str(error.value)
+    assert not (place / "out" / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranks", "4,x"], "--ranks='4,x' must be whole numbers"),
+        (["--tune", "lr"], "--tune 'lr' must be a key and its values"),
+        (["--jobs", "0"], "--jobs must be 1 or more; got 0"),
+    ],
+)
+def test_wrong_options_are_one_line(place, capsys, arguments, message):
+    recipe = text_models.write_recipe(place)
+    assert main(["compare", str(recipe), "--out", str(place / "out"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

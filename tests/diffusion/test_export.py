@@ -1,0 +1,129 @@
+"""The exported file draws what the native adapter draws, in an interpreter that cannot import this package."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("diffusers")
+
+from diffusers import DiffusionPipeline
+
+from peft_tsd.cli.main import main
+from peft_tsd.diffusion import export_diffusers, load_adapters, load_recipe, train
+from support import tiny_diffusion
+
+PROMPT = "sks block in the snow"
+
+ELSEWHERE = """
+import sys
+sys.modules["peft_tsd"] = None
+import numpy, torch
+from diffusers import DiffusionPipeline
+for job in sys.argv[1:]:
+    model, folder, name, out = job.split("|")
+    pipe = DiffusionPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(folder, weight_name=name)
+    numpy.save(out, pipe("PROMPT", height=32, width=32, num_inference_steps=2, output_type="np",
+                         generator=torch.Generator().manual_seed(3)).images)
+""".replace("PROMPT", PROMPT)
+
+
+def image(pipe) -> np.ndarray:
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(3)
+    return pipe(PROMPT, height=32, width=32, num_inference_steps=2, output_type="np", generator=generator).images
+
+
+def trained(tmp_path, family, **sections):
+    tiny_diffusion.save(family, tmp_path / family)
+    tiny_diffusion.photos(tmp_path / "photos")
+    targets = [
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        *(["add_q_proj"] if family == "sd3" else ["conv1", "conv_shortcut"]),
+    ]
+    recipe = tiny_diffusion.write_recipe(
+        tmp_path,
+        family,
+        adapter={"target_modules": targets, "rank_pattern": {"to_q": 2}},
+        text_encoders={"train": True},
+        optimizer={"learning_rate": 0.02},
+        validation={"every": None},
+        **sections,
+    )
+    return train(load_recipe(str(recipe))).folder
+
+
+CASES = {"sdxl": "lora-tsd", "sd15": "lora", "sd3": "lora-dash"}
+
+
+def test_the_same_images_without_this_package(tmp_path):
+    jobs, expected = [], []
+    for family, method in CASES.items():
+        (tmp_path / family).mkdir()
+        folder = trained(tmp_path / family, family, method=method, export={"kohya": family != "sd3"})
+        model = tmp_path / family / family
+        native = DiffusionPipeline.from_pretrained(model)
+        load_adapters(native, folder.adapter)
+        drawn = image(native)
+        assert np.abs(drawn - image(DiffusionPipeline.from_pretrained(model))).max() > 0.01
+        names = sorted(path.name for path in folder.adapter_lora.iterdir())
+        assert names == ["kohya_lora_weights.safetensors"] * (family != "sd3") + ["pytorch_lora_weights.safetensors"]
+        for name in names:
+            jobs.append("|".join(map(str, (model, folder.adapter_lora, name, tmp_path / f"{len(jobs)}.npy"))))
+            expected.append(drawn)
+
+        keys = set(load_file(folder.adapter_lora / "pytorch_lora_weights.safetensors"))
+        assert {key.partition(".")[0] for key in keys} >= {
+            "text_encoder",
+            "transformer" if family == "sd3" else "unet",
+        }
+        if family != "sd3":
+            keys = set(load_file(folder.adapter_lora / "kohya_lora_weights.safetensors"))
+            encoders = {"sdxl": {"lora_te1", "lora_te2"}, "sd15": {"lora_te"}}[family]
+            assert {"_".join(key.split("_")[:2]) for key in keys} == {"lora_unet"} | encoders
+            assert {key.partition(".")[2] for key in keys} == {"lora_down.weight", "lora_up.weight", "alpha"}
+
+    subprocess.run([sys.executable, "-c", ELSEWHERE, *jobs], check=True, capture_output=True)
+    for i, drawn in enumerate(expected):
+        assert np.abs(np.load(tmp_path / f"{i}.npy") - drawn).max() < 1e-5, jobs[i]
+
+
+def test_compressed_and_refused(tmp_path, capsys):
+    folder = trained(tmp_path, "sd15")
+    out = tmp_path / "small"
+    assert main(["export", str(folder.path), str(out), "--rank", "2"]) == 0
+    assert "relative error of the change" in capsys.readouterr().out
+    weights = load_file(out / "pytorch_lora_weights.safetensors")
+    assert {len(x) for key, x in weights.items() if key.endswith("lora_A.weight")} == {2}
+    exact = load_file(folder.adapter_lora / "pytorch_lora_weights.safetensors")
+    report = export_diffusers(folder.adapter, tmp_path / "again", rank=2)
+    for name, error in report.errors.items():
+        big, small = (
+            w[f"{name}.lora_B.weight"].double().flatten(1) @ w[f"{name}.lora_A.weight"].double().flatten(1)
+            for w in (exact, weights)
+        )
+        assert float((big - small).norm() / big.norm()) == pytest.approx(error, abs=1e-5)
+
+    assert main(["export", str(folder.path), str(out)]) == 2
+    assert "exists and is not overwritten" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="holds no adapter of a pipeline"):
+        export_diffusers(tmp_path, tmp_path / "x")
+    with pytest.raises(ValueError, match="rank must be a positive integer"):
+        export_diffusers(folder.adapter, tmp_path / "x", rank=0)
+    (tmp_path / "flow" / "transformer").mkdir(parents=True)
+    (tmp_path / "flow" / "transformer" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="leave kohya out"):
+        export_diffusers(tmp_path / "flow", tmp_path / "x", kohya=True)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "sd15")
+    with pytest.raises(ValueError, match=r"adapts the transformer, which a StableDiffusionPipeline does not have"):
+        load_adapters(pipe, tmp_path / "flow")
+    with pytest.raises(FileNotFoundError, match="holds no adapter"):
+        load_adapters(pipe, tmp_path)

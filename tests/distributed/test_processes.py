@@ -1,0 +1,184 @@
+"""Several processes find and train what one process does, and continue each other's checkpoints."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from support import in_processes, tiny
+from support.places import ROOT
+
+pytestmark = pytest.mark.slow
+
+WORKER = Path(in_processes.__file__)
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None,
+    reason="DeepSpeed is not installed (DS_BUILD_OPS=0 pip install deepspeed)",
+)
+GRADIENTS = {"prelaunch_steps": 0, "dash_unit": "sigma", "direction_budget": "global"}
+AUTO = {"prelaunch_steps": "auto", "prelaunch_min": 2, "prelaunch_max": 5, "settled_agreement": 0.99}
+
+
+def spec_of(place: Path, loop: str, engine: str, method: str = "lora-tsd", **changes) -> dict:
+    number = len(list(place.glob("*")))
+    fixed = {"loop": loop, "engine": engine, "method": method, "steps": 6, "changes": {}, "out": str(place / "out")}
+    return {**fixed, "result": str(place / f"{number}-{engine}-{method}.json"), **changes}
+
+
+def launch(processes: int, *specs: dict) -> subprocess.CompletedProcess:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT / "tests"),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "DS_BUILD_OPS": "0",
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run(
+        [*command, str(WORKER), json.dumps(specs)], env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def train(processes: int, *specs: dict) -> list[dict]:
+    done = launch(processes, *specs)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = [json.loads(Path(spec["result"]).read_text()) for spec in specs]
+    for result in results:
+        assert len(result["digests"]) == processes
+        assert len(set(result["digests"])) == 1, "the processes hold different directions"
+    return results
+
+
+def alone(method: str = "lora-tsd", **changes) -> dict:
+    """What one process does, with all rows of each batch."""
+    return in_processes.trained({"loop": "torch", "engine": "none", "method": method, "steps": 6, "changes": changes})
+
+
+def assert_same(result: dict, other: dict, *, steps: int | None = None) -> None:
+    assert result["indices"] == other["indices"]
+    assert result["identified_at"] == other["identified_at"]
+    assert result["losses"][:steps] == pytest.approx(other["losses"][:steps], abs=2e-4)
+
+
+def test_two_processes(tmp_path):
+    cases = [
+        ("ddp", "lora-tsd", {}),
+        ("ddp", "lora-init", {"init_reading": "orthonormal"}),
+        ("fsdp2", "lora-dash", GRADIENTS),
+        ("fsdp2", "lora-tsd", AUTO),
+    ]
+    specs = []
+    for number, (engine, method, changes) in enumerate(cases):
+        result = str(tmp_path / f"{number}.json")
+        specs.append(spec_of(tmp_path, "torch", engine, method, changes=changes, result=result))
+    for (engine, method, changes), result in zip(cases, train(2, *specs), strict=True):
+        assert result["kind"] == ("DTensor" if engine == "fsdp2" else "Tensor")
+        assert_same(result, alone(method, **changes))
+
+
+def test_four_processes(tmp_path):
+    methods = ["lora-tsd", "lora-init", "lora-dash"]
+    results = train(4, *(spec_of(tmp_path, "torch", "fsdp2", method) for method in methods))
+    for method, result in zip(methods, results, strict=True):
+        assert result["kind"] == "DTensor"
+        assert_same(result, alone(method))
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+@needs_deepspeed
+def test_zero(tmp_path, engine):
+    methods = ["lora-dash", "lora-init", "lora-tsd"]
+    results = train(2, *(spec_of(tmp_path, "torch", engine, method) for method in methods))
+    for method, result in zip(methods, results, strict=True):
+        assert result["kind"] == ("split" if engine == "zero3" else "Tensor")
+        # LoRA-TSD counts the steps of Δσ anew too, so that it moves otherwise from there on.
+        assert_same(result, alone(method), steps=3 if method == "lora-tsd" else None)
+
+
+def test_accelerate(tmp_path):
+    assert_same(*train(2, spec_of(tmp_path, "accelerate", "ddp")), alone())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Trainer's run in two processes that nothing stopped, by engine: its folder and result."""
+    done = {}
+
+    def get(engine: str) -> tuple[Path, dict]:
+        if engine not in done:
+            place = tmp_path_factory.mktemp(engine)
+            done[engine] = place / "out", *train(2, spec_of(place, "trainer", engine))
+        return done[engine]
+
+    return get
+
+
+def test_trl(tmp_path):
+    assert_same(*(train(processes, spec_of(tmp_path, "trl", "ddp"))[0] for processes in (2, 1)))
+
+
+@pytest.mark.parametrize(
+    ("engine", "others"),
+    [
+        ("ddp", (1, 1)),
+        ("fsdp2", (4, 1)),
+        pytest.param("zero2", (2, 2), marks=needs_deepspeed),
+        pytest.param("zero3", (2, 2), marks=needs_deepspeed),
+    ],
+)
+def test_checkpoints_of_two_processes_continue_in_others(tmp_path, whole, engine, others):
+    """From before and after the transition; what is saved in the end is a whole adapter."""
+    first, result = whole(engine)
+    assert result["identified_at"] == 3
+    for step, processes in zip((2, 4), others, strict=True):
+        place = tmp_path / f"from-{step}"
+        shutil.copytree(first, place / "out")
+        spec = spec_of(place, "trainer", engine, resume=str(place / "out" / f"checkpoint-{step}"))
+        assert_same(*train(processes, spec), result)
+        model = PeftModel.from_pretrained(tiny.llama(), place / "out" / "final")
+        assert [layer.indices.tolist() for layer in model.base_model.directions().values()] == result["indices"]
+        saved, other = (load_file(out / "final" / "adapter_model.safetensors") for out in (place / "out", first))
+        assert saved.keys() == other.keys()
+        numbers = [name for name, tensor in saved.items() if tensor.is_floating_point()]
+        assert all(torch.equal(saved[name], other[name]) for name in saved.keys() - numbers)
+        # Adam makes a whole step of the rounding of a gradient that is all but zero: hence not each and every number.
+        away = torch.cat([(saved[name] - other[name]).abs().flatten() for name in numbers])
+        assert (away < 1e-3).double().mean() > 0.99
+
+
+def test_one_process_that_fails_ends_all_and_the_last_checkpoint_is_whole(tmp_path, whole):
+    started = time.monotonic()
+    done = launch(2, spec_of(tmp_path, "trainer", "ddp", fail_at=5))
+    assert time.monotonic() - started < 60
+    assert done.returncode != 0
+    assert "one process has had enough" in done.stderr
+    spec = spec_of(tmp_path, "trainer", "ddp", resume=str(tmp_path / "out" / "checkpoint-4"))
+    assert_same(*train(2, spec), whole("ddp")[1])
+
+
+def test_a_process_that_fails_at_the_transition_tells_the_others(tmp_path):
+    started = time.monotonic()
+    done = launch(2, spec_of(tmp_path, "torch", "fsdp2", out_of_memory=1))
+    assert time.monotonic() - started < 60
+    assert done.returncode != 0
+    error = r"\[rank{}\]: .*TransitionError: Process 1 failed in layer '.*_proj': RuntimeError: not enough memory"
+    for rank in range(2):
+        assert re.search(error.format(rank), done.stderr), done.stderr[-3000:]
+
+
+def test_directions_beside_other_methods_are_found_by_two_processes_and_refused_where_they_are_sharded(tmp_path):
+    assert_same(*train(2, spec_of(tmp_path, "torch", "ddp", "loha")), alone("loha"))
+    done = launch(2, spec_of(tmp_path, "trainer", "fsdp2", "loha"))
+    assert done.returncode != 0
+    assert "its parameters are sharded over processes" in done.stderr
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
