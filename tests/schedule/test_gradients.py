@@ -11,37 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoHaConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
-from transformers.pytorch_utils import Conv1D
 
 from peft_tsd import DashConfig, PrelaunchWarning, TransitionError, TsdCallback, advance, identify_from_gradients
 from peft_tsd.schedule.gradients import loss_of_output, weight_gradients
 from peft_tsd.tuner.phase import adapted_layers
 from support import reference, tiny
+from support.gradients import BATCHES, batch, dense_gradients, square
 from support.layers import LAYERS, One
 from support.trainers import Tokens, chosen, losses, trainer
 
 
-def batch(seed: int = 0, rows: int = 4) -> dict[str, torch.Tensor]:
-    ids = tiny.tokens(rows, 9, seed=seed)
-    return {"input_ids": ids, "labels": ids}
-
-
-BATCHES = [batch(seed) for seed in range(3)]
-
-
 def adapted(base=None, **changes):
     return get_peft_model(base or tiny.llama().double(), tiny.config(prelaunch_steps=0, **changes))
-
-
-def dense_gradients(base, batches, loss=loss_of_output) -> dict[str, torch.Tensor]:
-    """The gradient of the mean loss with respect to every weight of `base`, (out, in)."""
-    base = copy.deepcopy(base).double().requires_grad_()
-    sum(loss(base, one) for one in batches).div(len(batches)).backward()
-    return {
-        name: (module.weight.grad.T if isinstance(module, Conv1D) else module.weight.grad).flatten(1)
-        for name, module in base.named_modules()
-        if getattr(module, "weight", None) is not None and module.weight.ndim > 1 and module.weight.grad is not None
-    }
 
 
 def assert_highest(found, weight, gradient, num: int) -> None:
@@ -49,10 +30,6 @@ def assert_highest(found, weight, gradient, num: int) -> None:
     expected = np.argsort(-rates)[:num]
     assert found.indices.tolist() == expected.tolist()
     np.testing.assert_allclose(found.rates, rates[expected], rtol=1e-5)
-
-
-def square(model, x):
-    return model(x).square().mean()
 
 
 @given(st.sampled_from(list(LAYERS)), st.integers(0, 1000))

@@ -45,8 +45,7 @@ def stack_layer(
             theta = read("lora_directions.unit").float() * theta
         u, v = read("lora_directions.u").float(), read("lora_directions.v").float()
         factors = factors._replace(delta_sigma=config.dash_lr_ratio * theta, u=u, v=v)
-    restarted = identified and config.starts_from_directions and config.init_reading == "svd"
-    if restarted or config.subtracts_init:
+    if (identified and config.subtracts_start) or config.subtracts_init:
         a0, b0 = read("lora_directions.a0").float(), read("lora_directions.b0").float()
         factors = factors._replace(a0=a0, b0=b0)
     try:

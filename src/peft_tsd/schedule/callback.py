@@ -30,7 +30,7 @@ class TsdCallback(TrainerCallback):
         ```
 
     An adapter without a pre-launch (`prelaunch_steps=0`) gets its directions before the first step, from the gradients
-    of a few batches (`identify_from_gradients`).
+    of a few batches (`identify_from_gradients`); one with directions of the gradient, after its pre-launch.
 
     Args:
         batches: Those batches, or how many of the Trainer's training batches to take, the first ones of the first
@@ -54,6 +54,7 @@ class TsdCallback(TrainerCallback):
         self.batches = batches
         self.loss = loss
         self.transitions: list[dict[str, Any]] = []
+        self._batches: list[Any] = []
         self._held: list[DirectionSettings] = []
         self._began = 0.0
         self._checks_seconds = 0.0
@@ -70,17 +71,16 @@ class TsdCallback(TrainerCallback):
     ) -> None:
         remaining = state.max_steps - state.global_step
         for config, layers, adapter in _trained(model):
-            for name, layer in layers.items():
-                in_layer(name, layer.check_layout, adapter)
+            if config.direction_source == "weight":
+                for name, layer in layers.items():
+                    in_layer(name, layer.check_layout, adapter)
             restore(layers, adapter, state.global_step, args.output_dir)
+            if config.needs_gradients and phase_of(layers, adapter) == "pre-launch":
+                # Now, also for later: a dataloader in use must not be read from its beginning.
+                given = self.batches
+                self._batches = _first(given, train_dataloader) if isinstance(given, int) else list(given)
+                self._identify_if_due(model, optimizer, layers, adapter, state.global_step)
             if config.prelaunch_steps == 0:
-                if phase_of(layers, adapter) == "pre-launch":
-                    start = time.perf_counter()
-                    batches = self.batches
-                    if isinstance(batches, int):
-                        batches = _first(batches, train_dataloader)
-                    identify_from_gradients(model, batches, optimizer, adapter, loss=self.loss)
-                    self._record(state.global_step, start, layers, adapter)
                 continue
             shortest = config.prelaunch_min if config.prelaunch_steps == "auto" else config.prelaunch_steps
             missing = shortest - steps_taken(layers, adapter)
@@ -105,6 +105,24 @@ class TsdCallback(TrainerCallback):
                     self._record(state.global_step, start, layers, adapter)
         else:
             self._checks_seconds += time.perf_counter() - start
+        for _, layers, adapter in _trained(model):
+            self._identify_if_due(model, optimizer, layers, adapter, state.global_step)
+
+    def _identify_if_due(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None,
+        layers: Mapping[str, DirectedLayer],
+        adapter: str,
+        step: int,
+    ) -> None:
+        """From the gradients of the batches, where a pre-launch that ends with them is over."""
+        config = config_of(layers, adapter)
+        waits = config.needs_gradients and phase_of(layers, adapter) == "pre-launch"
+        if waits and steps_taken(layers, adapter) >= config.longest_prelaunch:
+            start = time.perf_counter()
+            identify_from_gradients(model, self._batches, optimizer, adapter, loss=self.loss)
+            self._record(step, start, layers, adapter)
 
     def _record(self, step: int, start: float, layers: Mapping[str, DirectedLayer], adapter: str) -> None:
         now = time.perf_counter()

@@ -69,16 +69,46 @@ def _gradients(
     model: nn.Module, layers: Mapping[str, DirectedLayer], batches: Sequence[Any], loss: Loss
 ) -> dict[str, Tensor]:
     sums = {name: _zeros(layer) for name, layer in layers.items()}
+
+    def add(name: str, x: Tensor, gradient: Tensor) -> None:
+        sums[name] += layers[name].weight_gradient(x, gradient, sums[name].dtype)
+
+    pass_by(model, layers, batches, loss, add)
+    share = 1 / len(batches)
+    for gradient in sums.values():
+        gradient *= share
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(gradient)
+            gradient /= torch.distributed.get_world_size()
+    return sums
+
+
+def pass_by(
+    model: nn.Module,
+    layers: Mapping[str, DirectedLayer],
+    batches: Sequence[Any],
+    loss: Loss,
+    add: Callable[[str, Tensor, Tensor], None],
+) -> None:
+    """Take the loss of each batch back through the model, and hand over what passes each layer.
+
+    Args:
+        model, layers, batches, loss: As `weight_gradients`.
+        add: Given a layer's name, its input and the gradient of its output, where one reaches it.
+
+    Raises:
+        ValueError: As `weight_gradients`.
+    """
     reached: set[str] = set()
     # The one thing that requires a gradient, so that the backward pass comes by.
     anchor = torch.zeros((), requires_grad=True)
 
     def watch(name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-        def add(x: Tensor, gradient: Tensor) -> None:
-            sums[name] += layers[name].weight_gradient(x, gradient, sums[name].dtype)
+        def hand_over(x: Tensor, gradient: Tensor) -> None:
+            add(name, x, gradient)
             reached.add(name)
 
-        return lambda module, inputs, result: _Watched.apply(result, inputs[0], anchor, add)  # type: ignore[no-untyped-call]
+        return lambda module, inputs, result: _Watched.apply(result, inputs[0], anchor, hand_over)  # type: ignore[no-untyped-call]
 
     with _undisturbed(model):
         handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
@@ -99,13 +129,6 @@ def _gradients(
             "them; where activations are checkpointed with use_reentrant=True, call "
             "model.enable_input_require_grads() before."
         )
-    share = 1 / len(batches)
-    for gradient in sums.values():
-        gradient *= share
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(gradient)
-            gradient /= torch.distributed.get_world_size()
-    return sums
 
 
 class _Watched(torch.autograd.Function):

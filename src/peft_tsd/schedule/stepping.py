@@ -23,6 +23,7 @@ from ..tuner.phase import adapted_layers, config_of, phase_of, steps_taken
 from ..tuner.zero_checkpoints import hold_copies
 from .gradients import Loss, loss_of_output, weight_gradients
 from .prelaunch import prelaunch_is_over
+from .sketches import along_gradients
 from .transition import identified, transition
 
 log = logging.getLogger(__name__)
@@ -62,15 +63,18 @@ def advance(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], adapte
         if not layers:
             raise ValueError(f"The model has no TSD layer with an adapter {adapter!r}.")
         waiting = phase_of(layers, adapter) == "pre-launch"
-        if waiting and config_of(layers, adapter).prelaunch_steps == 0:
+        config = config_of(layers, adapter)
+        if waiting and config.needs_gradients and steps_taken(layers, adapter) >= config.longest_prelaunch:
+            where = "before the first step" if config.prelaunch_steps == 0 else "before the step after those"
             raise ValueError(
-                f"Adapter {adapter!r} has prelaunch_steps=0 and no directions: call identify_from_gradients(model, "
-                "batches, optimizer) before the first step, or give it a pre-launch."
+                f"Adapter {adapter!r} has prelaunch_steps={config.prelaunch_steps} and no directions: call "
+                f"identify_from_gradients(model, batches, optimizer) {where}, or give it "
+                + ("a pre-launch." if config.direction_source == "weight" else "direction_source='weight'.")
             )
         with torch.no_grad():
             steps = [part for layer in layers.values() for part in held_parts(layer.fixed(adapter).step)]
             torch._foreach_add_(steps, 1)
-        over = waiting and prelaunch_is_over(layers, adapter)
+        over = waiting and not config.needs_gradients and prelaunch_is_over(layers, adapter)
         if over:
             transition(layers, adapter, optimizer)
             moved = True
@@ -88,19 +92,20 @@ def identify_from_gradients(
     loss: Loss = loss_of_output,
     memory_gib: float = 1.0,
 ) -> None:
-    """Make the transition now, without a pre-launch: by change rates of the gradient of the frozen weights.
+    """Make the transition now, from the gradient G of the mean loss over `batches` with respect to each frozen weight.
 
-    `δ_i = |u_iᵀ G v_i| / (σ_i + ε)`, with G the gradient of the mean loss over `batches` with respect to the weight.
-    So LoRA-Dash learns along its directions, and LoRA-Init starts from them, from the first step on:
+    With `direction_source="gradient"` the directions are the leading singular directions of G, found by sketches in
+    two passes over the batches. With `"weight"` they are the core directions of highest `|u_iᵀ G v_i| / (σ_i + ε)`,
+    so that LoRA-Dash learns along its directions, and LoRA-Init starts from them, without a pre-launch:
 
         ```py
         >>> model = get_peft_model(base, TsdConfig(prelaunch_steps=0, ...))
         >>> identify_from_gradients(model, islice(dataloader, 8))
         ```
 
-    Call it before the first step, on every process, with batches of its own: all find the directions of the mean. No
-    weight is written to and no `.grad` left, and training goes on as it would have: modes and random number generators
-    are put back. Rates are in the unit of G over σ; their order is what counts.
+    Call it before the first step (with directions of the gradient: after `prelaunch_steps`), on every process, with as
+    many batches of its own: all find the directions of the mean. No weight is written to and no `.grad` left, and
+    training goes on as it would have: modes and random number generators are put back.
 
     Args:
         model: The model with TSD adapters, wrapped (DDP, torch.compile, Accelerate) or not.
@@ -108,9 +113,9 @@ def identify_from_gradients(
         optimizer: The optimizer, or all of them; needed where it has stepped before.
         adapter_name: The adapter; every active, trainable adapter by default.
         loss: The loss of the model and a batch, a scalar; `model(**batch).loss` by default.
-        memory_gib: Most memory that gradients take at one time, on the weights' device. A gradient is as large as its
-            weight in float32; layers are taken in groups that fit (at least one layer each), with a pass over the
-            batches for each group.
+        memory_gib: With `direction_source="weight"`, most memory that gradients take at one time, on the weights'
+            device. A gradient is as large as its weight in float32; layers are taken in groups that fit (at least one
+            layer each), with a pass over the batches for each group.
 
     Raises:
         ValueError: There is no such adapter, no batch, no loss, or no gradient in any layer; or the directions have
@@ -129,7 +134,11 @@ def identify_from_gradients(
             raise ValueError(f"The model has no TSD layer with an adapter {adapter!r}.")
         if phase_of(layers, adapter) == "dash":
             raise ValueError(f"The directions of adapter {adapter!r} have been identified before.")
-        transition(layers, adapter, optimizer, partial(_from_gradients, bare, batches, loss, memory_gib * 2**30))
+        if config_of(layers, adapter).direction_source == "gradient":
+            find = partial(along_gradients, bare, batches, loss)
+        else:
+            find = partial(_from_gradients, bare, batches, loss, memory_gib * 2**30)
+        transition(layers, adapter, optimizer, find)
 
 
 def _from_gradients(

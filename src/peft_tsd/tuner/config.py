@@ -69,6 +69,11 @@ class TsdConfig(DirectionSettings, LoraConfig):
             An automatic pre-launch ends where at least this part of the directions, in the mean over layers, was
             among those of the check before it. Checks stand at `prelaunch_min` / 1.25, at `prelaunch_min`, and from
             there each a quarter further on than the one before.
+        direction_source (`str`, defaults to `"weight"`):
+            Whose singular directions are used. `"weight"`: the core directions of the frozen weight, as in the paper.
+            `"gradient"`: the leading singular directions of the gradient of the loss with respect to that weight,
+            along which, to first order, a scalar or a row of A does most; found from a few batches
+            (`identify_from_gradients`; `TsdCallback` does it by itself) without a look at the weight.
         num_directions (`int`, defaults to 8):
             Directions a layer whose change is learned directly; s in the paper. `"lora-init"` does not use it: it
             restarts from the r highest.
@@ -81,7 +86,9 @@ class TsdConfig(DirectionSettings, LoraConfig):
             Every layer holds that many scalars from the start, and those it does not get stay zero.
         init_reading (`str`, defaults to `"svd"`):
             How LoRA-Init starts from directions U, σ, V. `"svd"`: `B₀ = U Σ^½/√s`, `A₀ = Σ^½ Vᵀ/√s`, the layer
-            computing `W + s(B·A − B₀·A₀)`. `"orthonormal"`: `A₀ = Vᵀ`, `B₀ = 0`. `"lora-dash"` does not use it.
+            computing `W + s(B·A − B₀·A₀)`. `"orthonormal"`: `A₀ = Vᵀ`, `B₀ = 0`. `"lora-dash"` does not use it, and
+            nor do directions of the gradient, from which A and B start as `A₀ = c Vᵀ`, `B₀ = 0` with c = 1/√3, the
+            norm of the rows of A in PEFT's usual start.
         dash_lr_ratio (`float`, defaults to 1.0):
             Δσ is this number times the trained scalar, so that any optimizer moves Δσ that much faster than other
             parameters. Adam moves a scalar by at most its learning rate a step while σ is of order 1 to 20: in a short
@@ -131,7 +138,7 @@ class TsdConfig(DirectionSettings, LoraConfig):
             raise ValueError(
                 f"init_lora_weights={self.init_lora_weights!r} cannot be combined with {self.method}: {refused}."
             )
-        if self.subtracts_init or (self.starts_from_directions and self.init_reading == "svd"):
+        if self.subtracts_init or self.subtracts_start:
             start = "init_lora_weights" if self.subtracts_init else "init_reading"
             for alpha in (self.lora_alpha, *(self.alpha_pattern or {}).values()):
                 if not alpha > 0:
@@ -150,6 +157,11 @@ class TsdConfig(DirectionSettings, LoraConfig):
     def starts_from_directions(self) -> bool:
         """Whether A and B restart from the directions: LoRA-Init and LoRA-TSD."""
         return self.method != "lora-dash"
+
+    @property
+    def subtracts_start(self) -> bool:
+        """Whether A and B restart from a product that the layer subtracts."""
+        return self.starts_from_directions and self.direction_source == "weight" and self.init_reading == "svd"
 
     @property
     def subtracts_init(self) -> bool:

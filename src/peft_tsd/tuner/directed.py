@@ -15,9 +15,11 @@ from transformers.pytorch_utils import Conv1D
 from ..directions.chance import chance_rate
 from ..directions.change import LowRank, change_norm, check_change, check_matrix
 from ..directions.definitions import TaskSpecificDirections, directions_on, ranked, rates_on
+from ..directions.sketch import Triples
 from ..directions.spectrum import Spectrum
 from ..distributed.sharded import gathered, is_sharded, shape_of, whole, write
 from ..models.matrix import as_matrix, as_stored, is_transposed, matrix_shape
+from ..models.packed import is_quantized
 from .held import DashScalars, FixedDirections
 from .settings import DirectionSettings
 
@@ -175,6 +177,51 @@ class DirectedLayer(_Mixin):
             (found,) = torch.autograd.grad(out, kernel, gradient.to(dtype))
         return found.flatten(1)
 
+    def rows(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """What passes this layer as rows, one a token or place: inputs (n, in) and gradients (n, out).
+
+        The gradient of the base weight is the sum of their outer products.
+
+        Raises:
+            ValueError: As `weight_gradient`.
+        """
+        base = self.get_base_layer()
+        if isinstance(base, nn.Conv2d):
+            padded = F.pad(x.detach(), base._reversed_padding_repeated_twice)
+            places = F.unfold(padded, base.kernel_size, stride=base.stride)
+            return places.mT.flatten(0, 1), gradient.flatten(2).mT.flatten(0, 1)
+        if not (isinstance(base, (nn.Linear, Conv1D)) or is_quantized(base)):
+            raise ValueError(f"Directions are not found from gradients in layers of type {type(base).__name__}.")
+        return x.detach().flatten(0, -2), gradient.flatten(0, -2)
+
+    @torch.no_grad()
+    def along_gradient(self, adapter: str, triples: Triples, seed: int) -> Identified:
+        """The leading singular directions of the gradient as this layer's; writes nothing, and looks at no weight.
+
+        A rate is here the part of ‖G‖ that lies along a direction, and σ the gradient's own singular value.
+
+        Args:
+            adapter: Name of the adapter.
+            triples: Of the gradient.
+            seed: Of random directions in their place (`selection="random"`, a control).
+        """
+        fixed = self.fixed(adapter)
+        u, v = triples.u, triples.v
+        if self.settings(adapter).selection == "random":
+            generator = torch.Generator().manual_seed(seed)
+            u, v = (torch.linalg.qr(torch.randn(x.shape, generator=generator, dtype=x.dtype)).Q for x in (u, v))
+        n = min(len(triples.s), shape_of(fixed.indices)[0])
+        num_dash = 0 if fixed.u is None else shape_of(fixed.u)[1]
+        chosen = TaskSpecificDirections(
+            indices=torch.arange(n),
+            rates=(triples.s / triples.norm)[:n].float().cpu(),
+            u=u[:, :n].float().cpu(),
+            sigma=triples.s[:n].float().cpu(),
+            v=v[:, :n].float().cpu(),
+        )
+        start_a, start_b = self._start(adapter, chosen)
+        return Identified(chosen._replace(u=chosen.u[:, :num_dash], v=chosen.v[:, :num_dash]), None, start_a, start_b)
+
     @torch.no_grad()
     def identify(
         self,
@@ -261,6 +308,8 @@ class DirectedLayer(_Mixin):
         Raises:
             ValueError: As `check_layout`; or its weight holds NaN or Inf.
         """
+        if self.settings(adapter).direction_source == "gradient":
+            return  # the weight is not looked at
         self.check_layout(adapter)
         if not is_sharded(self):
             check_matrix(self.weight_matrix(), "the base weight")

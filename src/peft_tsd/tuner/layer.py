@@ -29,6 +29,10 @@ from .directed import DirectedLayer, Identified
 from .held import DashScalars, FixedDirections
 from .stacked import Factors, adapted_linear, add_product, autocasts
 
+INIT_ROW_NORM = 3**-0.5
+"""Of the rows of A in PEFT's usual start, which draws from U(-1/√in, 1/√in): with it, a start from the gradient turns
+as fast as LoRA's."""
+
 
 class TsdLayer(DirectedLayer, LoraLayer):
     """What LoRA-Dash, LoRA-Init and LoRA-TSD add to a LoRA layer of PEFT, mixed in before it."""
@@ -67,7 +71,7 @@ class TsdLayer(DirectedLayer, LoraLayer):
             out_size,
             num_chosen=max(num_dash, num_start),
             num_dash=num_dash,
-            num_start=r if config.subtracts_init or (num_start and config.init_reading == "svd") else 0,
+            num_start=r if config.subtracts_init or config.subtracts_start else 0,
             has_unit=config.dash_unit != "one",
             num_checks=len(config.check_steps),
         )
@@ -217,6 +221,11 @@ class TsdLayer(DirectedLayer, LoraLayer):
         if not config.starts_from_directions:
             return None, None
         r = self.r[adapter]
+        if config.direction_source == "gradient":
+            a = whole(self.lora_A[adapter].weight).flatten(1).float().cpu()
+            found = INIT_ROW_NORM * chosen.v[:, :r].mT
+            # Where there are fewer directions than rows, the others stay what they are.
+            return torch.cat([found, a[len(found) :]]), torch.zeros(shape_of(self.lora_B[adapter].weight)[0], r)
         u, sigma, v = chosen.u[:, :r], chosen.sigma[:r], chosen.v[:, :r]
         if config.init_reading == "svd":
             root = (sigma / self.scaling[adapter]).sqrt()

@@ -17,6 +17,8 @@ DashUnit = Literal["one", "sigma", "layer"]
 
 DirectionBudget = Literal["layer", "global"]
 
+DirectionSource = Literal["weight", "gradient"]
+
 CHECK_GROWTH = 1.25
 """How much longer an automatic pre-launch has become from one check to the next. Not a number of steps: sets that
 drift ever more slowly, as LoRA's do, pass for settled sooner or later wherever they are compared at a fixed distance.
@@ -39,6 +41,10 @@ class DirectionSettings:
     settled_agreement: float = field(
         default=0.9,
         metadata={"help": "An automatic pre-launch ends where this part of the directions was in the last check's."},
+    )
+    direction_source: DirectionSource = field(
+        default="weight",
+        metadata={"help": "Whose singular directions: the frozen weight's (the paper's), or those of its gradient."},
     )
     num_directions: int = field(default=8, metadata={"help": "Directions a layer whose change is learned directly."})
     direction_budget: DirectionBudget = field(
@@ -80,6 +86,7 @@ class DirectionSettings:
         check_setting("dash_unit", self.dash_unit, get_args(DashUnit))
         check_setting("selection", self.selection, get_args(Selection))
         check_setting("direction_budget", self.direction_budget, get_args(DirectionBudget))
+        check_setting("direction_source", self.direction_source, get_args(DirectionSource))
         _check_prelaunch_steps(self.prelaunch_steps)
         check_positive_int("prelaunch_min", self.prelaunch_min, "the fewest steps of an automatic pre-launch")
         check_positive_int("prelaunch_max", self.prelaunch_max, "the most steps of an automatic pre-launch")
@@ -108,6 +115,27 @@ class DirectionSettings:
                 "direction_budget='layer'."
             )
 
+        if self.direction_source == "gradient":
+            self._check_fits_gradient()
+
+    def _check_fits_gradient(self) -> None:
+        """Refuse what goes by the spectrum of the frozen weight, which is not looked at."""
+        for name, possible, why in (
+            ("selection", ("tsd", "random"), "'top', 'bottom' and 'random-change' are of the weight's spectrum"),
+            ("direction_budget", ("layer",), "a global budget goes by change rates"),
+            ("dash_unit", ("one",), "the other units are singular values of the weight"),
+        ):
+            if getattr(self, name) not in possible:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} cannot be combined with direction_source='gradient': {why}; "
+                    f"use {name}={possible[0]!r}."
+                )
+        if self.prelaunch_steps == "auto":
+            raise ValueError(
+                "prelaunch_steps='auto' waits for change rates to settle, and direction_source='gradient' has none; "
+                "give a number of steps, or 0."
+            )
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
         """As PEFT's, which calls it before it loads an adapter: one in a local folder is checked first.
@@ -124,6 +152,11 @@ class DirectionSettings:
         if self.direction_budget == "layer":
             return self.num_directions
         return self.max_directions or 4 * self.num_directions
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the directions are identified from the gradients of batches, rather than from what was learned."""
+        return self.prelaunch_steps == 0 or self.direction_source == "gradient"
 
     @property
     def longest_prelaunch(self) -> int:

@@ -1,0 +1,99 @@
+"""The leading singular directions of the gradient of every frozen weight, by sketches, in two passes over the batches.
+
+No gradient is formed, and no weight is looked at: only what passes a layer by, its input and its output's gradient. So
+it works on weights that are quantized, sharded, both at once, or offloaded. What is kept is p columns a layer and
+side, and all layers are done in the same two passes (`peft_tsd.directions.sketch`).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..directions.sketch import Sketch, Triples
+from ..distributed.sharded import world
+from ..errors import in_layer
+from ..tuner.directed import DirectedLayer, Identified
+from .gradients import Loss, pass_by
+
+
+def along_gradients(
+    model: nn.Module, batches: Sequence[Any], loss: Loss, layers: Mapping[str, DirectedLayer], adapter: str
+) -> dict[str, Identified]:
+    """The leading singular directions of the gradient as the directions of every layer; see `gradient_triples`.
+
+    Raises:
+        TransitionError: No gradient reaches a layer.
+    """
+    nums = {name: len(layer.fixed(adapter).indices) for name, layer in layers.items()}
+    found = gradient_triples(model, layers, batches, loss, nums)
+
+    def work(name: str, adapter: str) -> Identified:
+        if name not in found:
+            raise ValueError("no gradient reaches it; leave it out of target_modules.")
+        return layers[name].along_gradient(adapter, found[name], zlib.crc32(name.encode()))
+
+    return {name: in_layer(name, partial(work, name), adapter) for name in layers}
+
+
+def gradient_triples(
+    model: nn.Module, layers: Mapping[str, DirectedLayer], batches: Sequence[Any], loss: Loss, nums: Mapping[str, int]
+) -> dict[str, Triples]:
+    """The leading singular triples of the gradient of the mean loss over `batches`, for each layer's frozen weight.
+
+    In distributed training each process gives its own batches, as many as the others, and all get the triples of the
+    mean over processes, the same bits in each. The model is left as it was (see `weight_gradients`).
+
+    Args:
+        model: The model, not wrapped.
+        layers: Its layers, by name.
+        batches: What `loss` takes, one at a time; gone through twice.
+        loss: Of the model and a batch, a scalar.
+        nums: How many triples are wanted of each layer. A layer that no gradient reaches has none.
+
+    Raises:
+        ValueError: As `weight_gradients`.
+    """
+    sketches: dict[str, Sketch] = {}
+
+    def add(name: str, x: Tensor, gradient: Tensor) -> None:
+        layer = layers[name]
+        if name not in sketches:
+            # Another Ω for each layer, and the same in every process and run.
+            sketches[name] = Sketch(layer.matrix_shape, nums[name], zlib.crc32(name.encode()), like=x)
+        sketches[name].add(*layer.rows(x, gradient))
+
+    for is_first in (True, False):
+        pass_by(model, layers, batches, loss, add)
+        for sketch in _together(layers, sketches):
+            if is_first:
+                sketch.turn()
+    share = 1 / (len(batches) * world()[1])
+    found = {}
+    for name in layers:
+        if name in sketches:
+            triples = sketches[name].triples()
+            found[name] = triples._replace(s=share * triples.s, norm=share * triples.norm)
+    return found
+
+
+def _together(layers: Mapping[str, DirectedLayer], sketches: dict[str, Sketch]) -> list[Sketch]:
+    """The sketches of all layers that a gradient reached in any process, their sums added up over processes."""
+    _, size = world()
+    if size == 1:
+        return list(sketches.values())
+    known: list[Any] = [None] * size
+    torch.distributed.all_gather_object(known, sorted(sketches))
+    reached = set().union(*known)
+    missing = [name for name in layers if name in reached and name not in sketches]
+    if missing:
+        raise ValueError(f"No gradient reached {missing[0]!r} in this process, and one did in another.")
+    for name in layers:
+        if name in reached:
+            torch.distributed.all_reduce(sketches[name].sums)
+    return [sketches[name] for name in layers if name in reached]
