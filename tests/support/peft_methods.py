@@ -142,9 +142,10 @@ HEAD = f"""\
 weight, ΔW = merged weight − base weight, and Δσ along them is learned beside it: `layer(x) + U diag(Δσ) Vᵀ x`.
 
 The table has every method that PEFT {peft.__version__} registers.
-`PYTHONPATH=tests python -m support.peft_methods` writes it, and a test fails where it is out of date, or where a method
-is missing. Each that works is checked against dense float64 arithmetic: the directions at the transition, the output, merge and unmerge, the base without the adapter, save, load
-(by PEFT, and by transformers' `load_adapter` where that loads the method alone, AdaLoRA excepted) and resume.
+`PYTHONPATH=tests python -m support.peft_methods` writes it, and a test fails where it is out of date, or where a
+method is missing. Each that works is checked against dense float64 arithmetic: the directions at the transition, the
+output, merge and unmerge, the base without the adapter, save, load (by PEFT, and by transformers' `load_adapter`
+where that loads the method alone, AdaLoRA excepted) and resume.
 
 *ΔW* says whether the method adds something to W or makes a new weight of it. *Export* says what `export_lora` needs to
 write a plain LoRA. `exact`: nothing, PEFT too converts such an adapter to one. `rank=`: how much to keep of a ΔW that
