@@ -1,18 +1,26 @@
-# make demo   fine-tune a real language model with LoRA-TSD, from nothing but Python and make
-# make test   the whole suite, with the checks
-# make docs   the documentation site, into site/; to read it: python3 -m http.server --directory site
+# make demo        fine-tune a real language model with LoRA-TSD, from nothing but Python and make
+# make test        the checks, then the tests but for the long ones
+# make test-long   the tests that take long
+# make check       ruff, the formatter's check and mypy
+# make docs        the documentation site, into site/; to read it: python3 -m http.server --directory site
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# A worker takes another's tests when it has done its own, so that a module's fixtures are rarely made twice.
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --durations 20
 
-.PHONY: demo test check docs clean
+.PHONY: demo test test-long check docs clean
 
 demo: $(VENV)/.train
 	$(BIN)/peft-tsd train smollm2-family
 
+# Every line of the package is to be reached by the tests that one runs often: the long ones count no lines.
 test: $(VENV)/.dev check
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --durations 20 --cov --cov-report=term --cov-fail-under=90
+	$(PYTEST) -m "not long" --cov --cov-report=term --cov-fail-under=90
+
+test-long: $(VENV)/.dev
+	$(PYTEST) -m long
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

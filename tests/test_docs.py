@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 
 from support.places import ROOT
+from support.waiting import PATIENCE
 
 PUBLIC = ("peft_tsd", *(f"peft_tsd.{name}" for name in ("directions", "explore", "tasks", "compare", "diffusion")))
 
 API = ROOT / "docs" / "api"
 
 READ = sorted(
-    [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*.md"), *ROOT.glob("benchmarks/*.md")]
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*.md"), *ROOT.glob("benchmarks/*.md")]
 )
 
 
@@ -96,7 +97,7 @@ def site(tmp_path_factory):
     return out
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_site_builds_without_a_warning(site):
     assert (site / "index.html").is_file()
     shown = (site / "api" / "peft_tsd.html").read_text(encoding="utf-8")
@@ -106,7 +107,7 @@ def test_the_site_builds_without_a_warning(site):
     assert "defaults to" not in re.sub(r"<p>.*?</p>", "", shown, flags=re.DOTALL)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_site_asks_nothing_of_any_network(site, browser):
     handler = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *args: None})
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(site)))
@@ -117,6 +118,7 @@ def test_the_site_asks_nothing_of_any_network(site, browser):
     try:
         for width in (1400, 390):
             page = browser.new_page(viewport={"width": width, "height": 900})
+            page.set_default_timeout(1000 * PATIENCE)
             page.on("request", lambda request: asked.append(request.url))
             page.on("pageerror", lambda error: problems.append(str(error)))
             for name in ("index.html", "api/peft_tsd.html", "results.html", "examples/explore.ipynb.html"):

@@ -14,10 +14,11 @@ from peft import PeftModel
 
 from peft_tsd import TsdConfig
 from support.places import ROOT
+from support.waiting import PATIENCE
 
 EXAMPLES = ROOT / "examples"
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 def run(name: str, *words: object) -> str:
@@ -75,7 +76,7 @@ def test_the_notebook():
     assert path.stat().st_size < 50_000, "strip the outputs but for a few lines of text"
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(EXAMPLES)}}
-    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
+    nbclient.NotebookClient(notebook, timeout=int(PATIENCE), kernel_name="python3", resources=resources).execute()
     texts = ["".join(out.get("text", "") for out in cell.get("outputs", [])) for cell in notebook.cells]
     assert any("model.layers.1.mlp.down_proj" in text for text in texts)
     assert any("report.html" in text for text in texts)

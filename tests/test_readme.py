@@ -50,11 +50,3 @@ def test_the_snippet_of_the_definitions():
     exec(block("task_specific_directions"), names)
     assert names["rates"].shape == (6,)
     assert len(names["found"].indices) == 6
-
-
-def test_every_link_to_a_file_leads_somewhere():
-    root = ROOT
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
-    assert links
-    for link in links:
-        assert (root / link.partition("#")[0]).is_file(), link

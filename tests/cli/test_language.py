@@ -228,7 +228,7 @@ def test_scalars_that_a_budget_leaves_unused_are_counted_apart():
     assert spread == {**plain, "unused Δσ": 3 * plain["Δσ"]}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_shipped_recipe_can_be_checked(capsys):
     assert main(["recipes", "check"]) == 0
     counted = capsys.readouterr().out

@@ -64,6 +64,7 @@ def trained(tmp_path, family, **sections):
 CASES = {"sdxl": "lora-tsd", "sd15": "lora", "sd3": "lora-dash"}
 
 
+@pytest.mark.long
 def test_the_same_images_without_this_package(tmp_path):
     jobs, expected = [], []
     for family, method in CASES.items():

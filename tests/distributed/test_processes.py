@@ -7,18 +7,16 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from support import in_processes, tiny
+from peft_tsd.tuner.phase import adapted_layers
+from support import directions, in_processes, reference, tiny
 from support.places import ROOT
-
-pytestmark = pytest.mark.slow
+from support.waiting import PATIENCE
 
 WORKER = Path(in_processes.__file__)
 needs_deepspeed = pytest.mark.skipif(
@@ -45,7 +43,7 @@ def launch(processes: int, *specs: dict) -> subprocess.CompletedProcess:
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.run(
-        [*command, str(WORKER), json.dumps(specs)], env=environment, capture_output=True, text=True, timeout=300
+        [*command, str(WORKER), json.dumps(specs)], env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
 
 
@@ -65,7 +63,7 @@ def alone(method: str = "lora-tsd", **changes) -> dict:
 
 
 def assert_same(result: dict, other: dict, *, steps: int | None = None) -> None:
-    assert result["indices"] == other["indices"]
+    directions.assert_same(result["found"], other["found"])
     assert result["identified_at"] == other["identified_at"]
     assert result["losses"][:steps] == pytest.approx(other["losses"][:steps], abs=2e-4)
 
@@ -86,6 +84,7 @@ def test_two_processes(tmp_path):
         assert_same(result, alone(method, **changes))
 
 
+@pytest.mark.long
 def test_four_processes(tmp_path):
     methods = ["lora-tsd", "lora-init", "lora-dash"]
     results = train(4, *(spec_of(tmp_path, "torch", "fsdp2", method) for method in methods))
@@ -94,6 +93,7 @@ def test_four_processes(tmp_path):
         assert_same(result, alone(method))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
 @needs_deepspeed
 def test_zero(tmp_path, engine):
@@ -105,6 +105,7 @@ def test_zero(tmp_path, engine):
         assert_same(result, alone(method), steps=3 if method == "lora-tsd" else None)
 
 
+@pytest.mark.long
 def test_accelerate(tmp_path):
     assert_same(*train(2, spec_of(tmp_path, "accelerate", "ddp")), alone())
 
@@ -123,10 +124,12 @@ def whole(tmp_path_factory):
     return get
 
 
+@pytest.mark.long
 def test_trl(tmp_path):
     assert_same(*(train(processes, spec_of(tmp_path, "trl", "ddp"))[0] for processes in (2, 1)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("engine", "others"),
     [
@@ -145,21 +148,22 @@ def test_checkpoints_of_two_processes_continue_in_others(tmp_path, whole, engine
         shutil.copytree(first, place / "out")
         spec = spec_of(place, "trainer", engine, resume=str(place / "out" / f"checkpoint-{step}"))
         assert_same(*train(processes, spec), result)
-        model = PeftModel.from_pretrained(tiny.llama(), place / "out" / "final")
-        assert [layer.indices.tolist() for layer in model.base_model.directions().values()] == result["indices"]
         saved, other = (load_file(out / "final" / "adapter_model.safetensors") for out in (place / "out", first))
-        assert saved.keys() == other.keys()
-        numbers = [name for name, tensor in saved.items() if tensor.is_floating_point()]
-        assert all(torch.equal(saved[name], other[name]) for name in saved.keys() - numbers)
-        # Adam makes a whole step of the rounding of a gradient that is all but zero: hence not each and every number.
-        away = torch.cat([(saved[name] - other[name]).abs().flatten() for name in numbers])
-        assert (away < 1e-3).double().mean() > 0.99
+        assert {name: (x.shape, x.dtype) for name, x in saved.items()} == {
+            name: (x.shape, x.dtype) for name, x in other.items()
+        }
+        model, other = (PeftModel.from_pretrained(tiny.llama(), out / "final") for out in (place / "out", first))
+        directions.assert_same(directions.of(model), result["found"])
+        others = adapted_layers(other, "default")
+        for name, layer in adapted_layers(model, "default").items():
+            change, expected = reference.effective_change(layer), reference.effective_change(others[name])
+            # Adam makes a whole step of the rounding of a gradient that is all but zero: hence not each number.
+            assert (change - expected).norm() < 0.1 * expected.norm(), name
 
 
+@pytest.mark.long
 def test_one_process_that_fails_ends_all_and_the_last_checkpoint_is_whole(tmp_path, whole):
-    started = time.monotonic()
     done = launch(2, spec_of(tmp_path, "trainer", "ddp", fail_at=5))
-    assert time.monotonic() - started < 60
     assert done.returncode != 0
     assert "one process has had enough" in done.stderr
     spec = spec_of(tmp_path, "trainer", "ddp", resume=str(tmp_path / "out" / "checkpoint-4"))
@@ -167,15 +171,14 @@ def test_one_process_that_fails_ends_all_and_the_last_checkpoint_is_whole(tmp_pa
 
 
 def test_a_process_that_fails_at_the_transition_tells_the_others(tmp_path):
-    started = time.monotonic()
     done = launch(2, spec_of(tmp_path, "torch", "fsdp2", out_of_memory=1))
-    assert time.monotonic() - started < 60
     assert done.returncode != 0
     error = r"\[rank{}\]: .*TransitionError: Process 1 failed in layer '.*_proj': RuntimeError: not enough memory"
     for rank in range(2):
         assert re.search(error.format(rank), done.stderr), done.stderr[-3000:]
 
 
+@pytest.mark.long
 def test_directions_beside_other_methods_are_found_by_two_processes_and_refused_where_they_are_sharded(tmp_path):
     assert_same(*train(2, spec_of(tmp_path, "torch", "ddp", "loha")), alone("loha"))
     done = launch(2, spec_of(tmp_path, "trainer", "fsdp2", "loha"))

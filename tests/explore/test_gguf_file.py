@@ -22,9 +22,8 @@ if PACKAGE is None or PACKAGE.origin is None:
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 FOLDER = Path(PACKAGE.origin).parent
 
-pytestmark = pytest.mark.slow
 
-
+@pytest.mark.long
 def test_weights_are_those_that_transformers_loads_and_can_be_explored(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE, dtype=torch.float32)
     weights, left_out = select(model)

@@ -64,7 +64,6 @@ def test_rates_have_a_row_for_every_direction(tmp_path):
     assert {row["module"] for row in rows} == {"q_proj", "dense"}
 
 
-@pytest.mark.slow
 def test_importing_the_package_stays_quick():
     code = (
         "import sys, peft_tsd; early = 'peft_tsd.explore' in sys.modules; peft_tsd.explore.explore;"

@@ -256,7 +256,6 @@ print(len(found.weights), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - 
 """
 
 
-@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """120 MB of weights in shards, on either side; a layer and its factors take a few MB."""
     from transformers import LlamaConfig, LlamaForCausalLM

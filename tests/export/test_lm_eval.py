@@ -11,7 +11,7 @@ from support import text_models, tiny
 
 lm_eval = pytest.importorskip("lm_eval", reason="the harness is not installed: pip install lm-eval")
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 QUESTIONS = [{"question": f"what is {word}?", "label": i % 3} for i, word in enumerate(text_models.WORDS[:6])]
 OPTIONS = ["one", "two", "three"]

@@ -8,15 +8,16 @@ import pytest
 
 from harness.soak import soak
 from support.places import ROOT
+from support.waiting import PATIENCE
 
 HARNESS = ROOT / "tests" / "harness"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="it forks its runs")
 def test_stopped_runs_end_with_the_same_bits():
     command = [sys.executable, str(HARNESS / "stop_runs.py"), "kill", "term", "--count", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("all ended with the same bits") == 2
 

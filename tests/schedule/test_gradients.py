@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from peft_tsd import DashConfig, PrelaunchWarning, TransitionError, TsdCallback, advance, identify_from_gradients
 from peft_tsd.schedule.gradients import loss_of_output, weight_gradients
 from peft_tsd.tuner.phase import adapted_layers
-from support import reference, tiny
+from support import directions, reference, tiny
 from support.gradients import BATCHES, batch, dense_gradients, square
 from support.layers import LAYERS, One
 from support.trainers import Tokens, chosen, losses, trainer
@@ -27,9 +27,7 @@ def adapted(base=None, **changes):
 
 def assert_highest(found, weight, gradient, num: int) -> None:
     rates = reference.change_rates(weight, gradient)
-    expected = np.argsort(-rates)[:num]
-    assert found.indices.tolist() == expected.tolist()
-    np.testing.assert_allclose(found.rates, rates[expected], rtol=1e-5)
+    directions.assert_highest(directions.Found(found.indices.tolist(), found.rates.tolist()), rates, num)
 
 
 @given(st.sampled_from(list(LAYERS)), st.integers(0, 1000))

@@ -25,7 +25,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from peft_tsd import DashConfig, TsdCallback, advance, identify_from_gradients
 from peft_tsd.distributed.sharded import world
 from peft_tsd.tuner import layer
-from support import tiny
+from support import directions, tiny
 
 GLOBAL_BATCH = 4
 LR = 1e-2
@@ -81,7 +81,9 @@ def in_trainer(spec, model) -> list[float]:
         from trl import SFTConfig, SFTTrainer
 
         data = Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in rows()])
-        arguments = SFTConfig(**settings, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
+        # Its default, bfloat16, rounds a batch in one process otherwise than its halves in two.
+        exact = {"bf16": False, "max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
+        arguments = SFTConfig(**settings, **exact)
         trainer = SFTTrainer(model, arguments, train_dataset=data, callbacks=callbacks, processing_class=tokenizer())
     else:
         arguments = TrainingArguments(**settings)
@@ -189,7 +191,7 @@ def trained(spec) -> dict:
     return {
         "losses": losses,
         "identified_at": found.prelaunch_steps,
-        "indices": [one.indices.tolist() for one in found.values()],
+        "found": directions.of(model),
         "digests": [digest.hexdigest()],
         "kind": "split" if hasattr(fixed.step, "ds_tensor") else type(fixed.step.data).__name__,
     }

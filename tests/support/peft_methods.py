@@ -153,7 +153,7 @@ may be of full rank. The directions are exact in either. The merged weights (`me
 [Quantized](quantized.md) base weights are refused here, and taken by `TsdConfig`.
 
 | method | PEFT type | directions | ΔW | export | why not |
-| --- | --- | --- | --- | --- | --- |"""  # noqa: E501
+| --- | --- | --- | --- | --- | --- |"""
 
 
 if __name__ == "__main__":

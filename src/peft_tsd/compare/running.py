@@ -157,7 +157,7 @@ def _context() -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["peft_tsd.training"])
+    context.set_forkserver_preload([train.__module__])
     return context
 
 
