@@ -175,7 +175,8 @@ def test_gradients_of_the_scalars(use_dora):
     gradient = target.mT @ x  # of the weight
     along = 20 * (found.u * (gradient @ found.v)).sum(0)
     torch.testing.assert_close(layer.dash_scalars["default"].weight.grad, along, rtol=1e-9, atol=1e-9)
-    assert all(p.grad is None for p in layer.dash_directions.parameters())
+    assert not list(layer.dash_directions.parameters())
+    assert all(buffer.grad is None for buffer in layer.dash_directions.buffers())
 
 
 def test_dora_is_identified_by_its_whole_effective_change():

@@ -319,3 +319,30 @@ def pickled(model: Path) -> None:
 
     (model / "model.safetensors").unlink()
     torch.save({"x": Harm()}, model / "pytorch_model.bin")
+
+
+def test_held_out_rows_are_evaluated_on_the_way(place):
+    recipe = text_models.write_recipe(place)
+    plain = run(recipe, "output=plain")
+    result = run(recipe, "evaluation.every=3", "output=evaluated")
+    evaluations = result.metrics["evaluations"]
+    assert [one["step"] for one in evaluations] == list(range(3, result.metrics["steps"] + 1, 3))
+    assert all(one.keys() == {"step", "loss", "exact_match"} for one in evaluations)
+    # They change nothing of the training, and the last of them is what the run ends with.
+    assert result.metrics["loss"] == plain.metrics["loss"]
+    if evaluations[-1]["step"] == result.metrics["steps"]:
+        assert evaluations[-1]["loss"] == pytest.approx(result.metrics["score"]["loss"], rel=1e-6)
+    assert result.metrics["score"]["loss"] == plain.metrics["score"]["loss"]
+
+
+def test_the_held_out_loss_is_the_mean_over_tokens_of_answers(place):
+    result = run(text_models.write_recipe(place), "evaluation.batch_size=3")
+    job = preparing.prepare(load_recipe(str(text_models.write_recipe(place)), ["output=other"]))
+    losses = []
+    for row in job.task.encode(job.material.tests["test"], job.tokenizer):
+        ids = torch.tensor([row["prompt"] + row["answer"]])
+        labels = torch.tensor([[-100] * len(row["prompt"]) + row["answer"]])
+        logits = result.model.eval()(input_ids=ids).logits[0, :-1].double()
+        losses.append(torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="none"))
+    tokens = torch.cat([loss[loss != 0] for loss in losses])
+    assert result.metrics["score"]["loss"] == pytest.approx(float(tokens.mean()), rel=1e-4)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from itertools import chain
 
 import pytest
 import torch
@@ -52,9 +53,13 @@ def test_trainable_parameters_are_loras_plus_s_a_layer(capsys):
 
 def test_parameters_are_the_same_objects_before_and_after_the_transition(method):
     model = get_peft_model(tiny.llama(), tiny.config(**method))
-    before = {name: (id(p), p.shape, p.requires_grad, p.dtype) for name, p in model.named_parameters()}
+
+    def held():
+        return chain(model.named_parameters(), model.named_buffers())
+
+    before = {name: (id(t), t.shape, t.requires_grad, t.dtype) for name, t in held()}
     tiny.train(model, 6)
-    assert {name: (id(p), p.shape, p.requires_grad, p.dtype) for name, p in model.named_parameters()} == before
+    assert {name: (id(t), t.shape, t.requires_grad, t.dtype) for name, t in held()} == before
 
 
 def test_the_base_weights_are_never_written_to(method):

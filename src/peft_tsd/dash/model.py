@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from ..models.matrix import unsupported
 from ..models.packed import is_quantized
 from ..tuner.model import DirectedModel
-from ..tuner.phase import adapted_layers, warn_as_saved
-from ..tuner.zero_checkpoints import completed
+from ..tuner.phase import adapted_layers, warn_in_prelaunch
 from .config import DashConfig, DashType
 from .layer import DashLayer, own_names, with_directions
 
@@ -98,8 +97,7 @@ class DashModel(DirectedModel, BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        warn_as_saved(config, adapted_layers(model, adapter_name), adapter_name)
-        state_dict = completed(model, adapter_name, state_dict)
+        warn_in_prelaunch(config, adapted_layers(model, adapter_name), adapter_name, "is saved")
         state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # Some methods save what is on a list of their own.
         own = tuple(f".{name}.{adapter_name}." for name in own_names(cls.own_prefix))

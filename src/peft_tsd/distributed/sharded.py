@@ -56,15 +56,6 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
-def held_parts(parameter: Tensor) -> list[Tensor]:
-    """What this process holds of a parameter, once or twice."""
-    if isinstance(parameter, DTensor):
-        return [parameter.to_local()]
-    if zero.is_split(parameter):
-        return zero.held_parts(parameter)
-    return [parameter]
-
-
 @torch.no_grad()
 def write(parameter: Tensor, value: Tensor) -> None:
     """Copy `value`, which every process has, into `parameter`, or into this process's shard of it."""

@@ -30,11 +30,6 @@ def is_copied(parameter: Tensor) -> bool:
     return parameter.requires_grad and (hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer"))
 
 
-def held_parts(parameter: Any) -> list[Tensor]:
-    """What this process holds of a split parameter: its part, and where it is whole that too."""
-    return [parameter.ds_tensor, parameter.data] if is_here(parameter) else [parameter.ds_tensor]
-
-
 def gather(parameter: Any, owner: int | None = None) -> Tensor | None:
     """A split parameter, put together in every process, or in `owner` alone and None in the others."""
     group, part = parameter.ds_process_group, parameter.ds_tensor.to(parameter.device)

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch.utils.data import Sampler
-from transformers import Trainer
+
+from .evaluated import EvaluatedTrainer
 
 POOL = 50
 """Batches that are sorted together: enough for little padding, few enough that a batch differs every epoch."""
@@ -54,7 +55,7 @@ class SimilarLengths(Sampler[int]):
         return (row for batch in [*batches, *rest] for row in batch)
 
 
-class SimilarLengthsTrainer(Trainer):
+class SimilarLengthsTrainer(EvaluatedTrainer):
     """transformers' Trainer with batches of rows of similar length."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SimilarLengths:

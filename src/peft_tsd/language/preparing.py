@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import SchedulerType
@@ -28,6 +28,7 @@ from .recipe import Recipe
 from .sections import SUITES
 from .tasks import Family, load_task
 from .tasks.classification import Classification
+from .tasks.generation import IGNORED
 from .tasks.material import Material
 
 
@@ -57,15 +58,12 @@ class Job(NamedTuple):
         return self.recipe.task.family in SUITES
 
     def scores(
-        self, model: Any, title: str, on_batch: Callable[[], None] = lambda: None
+        self, model: Any, title: str, on_batch: Callable[[], None] = lambda: None, *, keep: bool = True
     ) -> dict[str, dict[str, float]]:
-        """Every metric of every task."""
+        """Every metric of every task; `keep` leaves the progress bar on the screen."""
         model.eval()
         found = {}
-        dtype = getattr(torch, self.recipe.model.dtype)
-        # Full fine-tuning keeps its weights in float32 and computes in the recipe's dtype.
-        casting = torch.autocast(model.device.type, dtype, enabled=next(model.parameters()).dtype != dtype)
-        with casting, tqdm(total=self.material.questions, desc=title, unit="question") as bar:
+        with self._casting(model), tqdm(total=self.material.questions, desc=title, unit="question", leave=keep) as bar:
 
             def done(questions: int) -> None:
                 bar.update(questions)
@@ -75,6 +73,32 @@ class Job(NamedTuple):
                 batch_size = self.recipe.evaluation.batch_size
                 found[name] = self.task.score(model, self.tokenizer, examples, batch_size, done)
         return found
+
+    @torch.no_grad()
+    def held_out_loss(self, model: Any) -> float:
+        """The mean loss of what is scored: over tokens of the answers, or over rows of a classifier.
+
+        The model is left in evaluation mode, as by `scores`.
+        """
+        model.eval()
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        collate = self.task.collator(self.tokenizer, base)
+        size, total, count = self.recipe.evaluation.batch_size, 0.0, 0
+        with self._casting(model):
+            for examples in self.material.tests.values():
+                rows = self.task.encode(examples, self.tokenizer)
+                for start in range(0, len(rows), size):
+                    batch = {key: x.to(model.device) for key, x in collate(rows[start : start + size]).items()}
+                    labels = batch["labels"]
+                    answered = int(labels.ne(IGNORED).sum()) if not labels.is_floating_point() else len(labels)
+                    total += float(model(**batch).loss) * answered
+                    count += answered
+        return total / count
+
+    def _casting(self, model: Any) -> torch.autocast:
+        dtype = getattr(torch, self.recipe.model.dtype)
+        # Full fine-tuning keeps its weights in float32 and computes in the recipe's dtype.
+        return torch.autocast(model.device.type, dtype, enabled=next(model.parameters()).dtype != dtype)
 
     def average(self, scores: dict[str, dict[str, float]]) -> float:
         """The mean over tasks of the metric that counts."""

@@ -18,6 +18,9 @@ from ..runs.machine import peak_memory
 from ..runs.stopping import Stop
 from ..schedule.callback import TsdCallback
 
+# What Trainer adds to every evaluation.
+_SPEED = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+
 
 class Record(TrainerCallback):
     """Shows and records progress, stops when asked, and marks checkpoints as complete."""
@@ -70,6 +73,12 @@ class Record(TrainerCallback):
             )
         entry = {"step": state.global_step, "loss": loss, "learning_rate": logs["learning_rate"]}
         self.progress["loss"] = [*self.progress["loss"], entry]
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        measured = {name.removeprefix("eval_"): metrics[name] for name in metrics if not name.startswith(_SPEED)}
+        measured.pop("epoch", None)
+        file_only(f"step {state.global_step}: held out: " + ", ".join(f"{k} {v:.4f}" for k, v in measured.items()))
+        self.progress["evaluations"] = [*self.progress.get("evaluations", []), {"step": state.global_step, **measured}]
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._update()

@@ -186,3 +186,5 @@ class Evaluation(Section):
     on: Literal["test", "validation"] = "test"
     """What is scored: the test rows, or the `data.validation_size` rows held out of the training rows."""
     batch_size: int = Field(default=32, ge=1)
+    every: int | None = Field(default=None, ge=1)
+    """Optimizer steps between evaluations on those rows during training; none without it."""

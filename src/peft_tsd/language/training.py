@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal, NamedTuple
 
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from ..errors import RecipeError, TransitionError, one_line
@@ -29,9 +30,11 @@ from ..runs.log import log, logging_to
 from ..runs.machine import check_one_process, current_device, peak_memory
 from ..runs.stopping import Stop, interruptible
 from ..schedule.callback import TsdCallback
+from ..schedule.gradients import random_states_kept
 from ..tuner.checking import check_adapter, check_fits, check_onto
 from ..tuner.phase import PrelaunchWarning
 from .batches import SimilarLengthsTrainer
+from .evaluated import EvaluatedTrainer
 from .preparing import Job, facts_of, prepare
 from .progress import Record, begun
 from .recipe import Recipe
@@ -126,6 +129,7 @@ def _continue(job: Job, facts: dict[str, Any], stop: Stop) -> Result:
                 write_origin(adapter, made_of)
 
         _record_scores(metrics["score"], job, job.scores(model, "scoring after training", stop.check), "after")
+        metrics["score"]["loss"] = job.held_out_loss(model)
         trainable, total = _count(model, job)
         metrics |= {
             "status": "finished",
@@ -136,6 +140,7 @@ def _continue(job: Job, facts: dict[str, Any], stop: Stop) -> Result:
             "peak_memory_bytes": max(peak_memory() or 0, progress["peak_memory_bytes"] or 0) or None,
             "phase_change": progress["transitions"][0] if progress["transitions"] else None,
             "loss": progress["loss"],
+            "evaluations": progress.get("evaluations", []),
             "seconds": metrics.get("seconds", 0.0) + time.perf_counter() - started,
         }
         folder.write_metrics(metrics)
@@ -184,10 +189,12 @@ def _trained(job: Job, base: Any, made_of: Fingerprint, stop: Stop) -> tuple[Any
     if last is not None and job.adapter_config is not None:
         check_fits(last[0], model, "default")
     record = Record(folder, job.steps, made_of, stop, schedule, last[1] if last else None)
-    trainer = (SimilarLengthsTrainer if recipe.training.similar_lengths else Trainer)(
+    trainer = (SimilarLengthsTrainer if recipe.training.similar_lengths else EvaluatedTrainer)(
         model=model,
         args=_training_arguments(job),
         train_dataset=job.rows,
+        eval_dataset=[example for tests in job.material.tests.values() for example in tests],
+        measure=partial(_measured, job),
         data_collator=job.task.collator(job.tokenizer, base),
         # The record comes first, so that its seconds a step leave the transition out.
         callbacks=[record, schedule] if schedule else [record],
@@ -212,6 +219,13 @@ def _trained(job: Job, base: Any, made_of: Fingerprint, stop: Stop) -> tuple[Any
         finally:
             record.close()
     return model, record.progress
+
+
+def _measured(job: Job, model: Any) -> dict[str, float]:
+    """What an evaluation during training says."""
+    with random_states_kept():
+        score = job.average(job.scores(model, "evaluating", keep=False))
+        return {"loss": job.held_out_loss(model), job.task.metric: score}
 
 
 def _count(model: Any, job: Job) -> tuple[int, int]:
@@ -243,6 +257,8 @@ def _training_arguments(job: Job) -> TrainingArguments:
         use_cpu=current_device().type == "cpu",
         save_strategy="steps" if job.method.resumes else "no",
         save_steps=recipe.training.save_every,
+        eval_strategy="no" if recipe.evaluation.every is None else "steps",
+        eval_steps=recipe.evaluation.every,
         save_total_limit=recipe.training.keep_checkpoints,
         # Every step: an average over several would break where a run is continued.
         logging_steps=1,

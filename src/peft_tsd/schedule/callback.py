@@ -11,7 +11,6 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers.trainer_callback import TrainerCallback
 
-from ..distributed.sharded import whole
 from ..errors import in_layer
 from ..tuner.directed import DirectedLayer
 from ..tuner.phase import adapted_layers, config_of, phase_of, steps_taken, warn_in_prelaunch
@@ -101,7 +100,7 @@ class TsdCallback(TrainerCallback):
         if moved:
             for _, layers, adapter in _trained(model):
                 fixed = next(iter(layers.values())).fixed(adapter)
-                if whole(fixed.identified_at) == whole(fixed.step):
+                if fixed.identified_at == fixed.step:
                     self._record(state.global_step, start, layers, adapter)
         else:
             self._checks_seconds += time.perf_counter() - start

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..directions.change import LowRank, check_change
 from ..directions.definitions import highest_first, rates_on
 from ..directions.spectrum import Spectrum
-from ..distributed.sharded import is_sharded, shape_of, whole, write
+from ..distributed.sharded import is_sharded
 from ..distributed.sharing import share_out
 from ..errors import in_layer
 from ..tuner.directed import DirectedLayer
@@ -64,7 +64,7 @@ def checks_made(layers: Mapping[str, DirectedLayer], adapter: str) -> list[dict[
     """What the checks of an automatic pre-launch saw: each one's `step`, and its `agreement` with the one before."""
     recorded = next(iter(layers.values())).fixed(adapter).agreement
     steps = config_of(layers, adapter).check_steps
-    found = [] if recorded is None else whole(recorded).tolist()
+    found = [] if recorded is None else recorded.tolist()
     return [{"step": step, "agreement": value} for step, value in zip(steps, found) if value >= 0]
 
 
@@ -121,18 +121,15 @@ def _check(layers: Mapping[str, DirectedLayer], adapter: str, config: DirectionS
     for name, indices in found.items():
         candidates = checked[name].fixed(adapter).candidates
         assert candidates is not None
-        before = whole(candidates).cpu()
+        before = candidates.cpu()
         parts.append(float(torch.isin(indices, before).double().mean()))
-        write(candidates, torch.cat([indices, before[len(indices) :]]))
+        candidates.copy_(torch.cat([indices, before[len(indices) :]]))
     agreement = sum(parts) / len(parts)
     number = config.check_steps.index(step)
-    recorded = [layer.fixed(adapter).agreement for layer in layers.values()]
-    assert recorded[0] is not None
-    values = whole(recorded[0]).clone()  # all layers record the same
-    values[number] = agreement if number else -1
-    for record in recorded:
-        assert record is not None
-        write(record, values)
+    for layer in layers.values():  # all record the same
+        recorded = layer.fixed(adapter).agreement
+        assert recorded is not None
+        recorded[number] = agreement if number else -1
     seen = f"{agreement:.3f} of the directions were there at the last check" if number else "first check"
     log.info("pre-launch, step %d, %d layers: %s; %.2f s", step, len(found), seen, time.perf_counter() - start)
     return agreement
@@ -145,5 +142,5 @@ def _first_directions(layer: DirectedLayer, adapter: str, weight: Tensor | None,
         check_change(weight, change)
         _held[layer] = Spectrum(weight)
     config, fixed = layer.settings(adapter), layer.fixed(adapter)
-    num = shape_of(fixed.indices)[0] if fixed.u is None else config.num_directions  # LoRA-Init's r, or the dash's
+    num = len(fixed.indices) if fixed.u is None else config.num_directions  # LoRA-Init's r, or the dash's
     return highest_first(rates_on(_held[layer], change, config.eps))[:num].cpu()

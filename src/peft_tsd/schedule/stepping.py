@@ -17,10 +17,8 @@ from accelerate.utils import extract_model_from_parallel  # type: ignore[import-
 from torch import nn
 from torch.optim import Optimizer
 
-from ..distributed.sharded import held_parts
 from ..tuner.directed import DirectedLayer, Identified
 from ..tuner.phase import adapted_layers, config_of, phase_of, steps_taken
-from ..tuner.zero_checkpoints import hold_copies
 from .gradients import Loss, loss_of_output, weight_gradients
 from .prelaunch import prelaunch_is_over
 from .sketches import along_gradients
@@ -72,14 +70,10 @@ def advance(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], adapte
                 + ("a pre-launch." if config.direction_source == "weight" else "direction_source='weight'.")
             )
         with torch.no_grad():
-            steps = [part for layer in layers.values() for part in held_parts(layer.fixed(adapter).step)]
-            torch._foreach_add_(steps, 1)
-        over = waiting and not config.needs_gradients and prelaunch_is_over(layers, adapter)
-        if over:
+            torch._foreach_add_([layer.fixed(adapter).step for layer in layers.values()], 1)
+        if waiting and not config.needs_gradients and prelaunch_is_over(layers, adapter):
             transition(layers, adapter, optimizer)
             moved = True
-        checks = config_of(layers, adapter).check_steps if waiting else ()
-        hold_copies(layers, adapter, anew=over or (bool(checks) and steps_taken(layers, adapter) in checks))
     return moved
 
 

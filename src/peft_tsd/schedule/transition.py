@@ -65,7 +65,8 @@ def transition(
         TransitionError: As `advance`; nothing has been written then.
     """
     config = config_of(layers, adapter)
-    restarted = [parameter for layer in layers.values() for parameter in layer.restarted(adapter)]
+    # What is frozen (LoRA-FA's A) starts anew too, and no optimizer has to know of it.
+    restarted = [p for layer in layers.values() for p in layer.restarted(adapter) if p.requires_grad]
     owners = [] if optimizer is None else owners_of(restarted, optimizer)
     for name, layer in layers.items():
         in_layer(name, layer.check_identifiable, adapter)

@@ -17,7 +17,7 @@ from ..directions.change import LowRank, change_norm, check_change, check_matrix
 from ..directions.definitions import TaskSpecificDirections, directions_on, ranked, rates_on
 from ..directions.sketch import Triples
 from ..directions.spectrum import Spectrum
-from ..distributed.sharded import gathered, is_sharded, shape_of, whole, write
+from ..distributed.sharded import gathered, is_sharded, shape_of
 from ..models.matrix import as_matrix, as_stored, is_transposed, matrix_shape
 from ..models.packed import is_quantized
 from .held import DashScalars, FixedDirections
@@ -146,13 +146,13 @@ class DirectedLayer(_Mixin):
         Args:
             adapter: Name of the adapter.
             strength: A factor.
-            read: How parameters are read: `distributed.whole`, outside of a forward pass.
+            read: How the scalars are read: `distributed.whole`, outside of a forward pass.
         """
         theta = read(self.scalars(adapter).weight)
         scale = strength * self.settings(adapter).dash_lr_ratio
         unit = self.fixed(adapter).unit
         if unit is not None:
-            theta = read(unit) * theta
+            theta = unit * theta
         return theta if scale == 1 else scale * theta
 
     def weight_gradient(self, x: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
@@ -210,8 +210,8 @@ class DirectedLayer(_Mixin):
         if self.settings(adapter).selection == "random":
             generator = torch.Generator().manual_seed(seed)
             u, v = (torch.linalg.qr(torch.randn(x.shape, generator=generator, dtype=x.dtype)).Q for x in (u, v))
-        n = min(len(triples.s), shape_of(fixed.indices)[0])
-        num_dash = 0 if fixed.u is None else shape_of(fixed.u)[1]
+        n = min(len(triples.s), len(fixed.indices))
+        num_dash = 0 if fixed.u is None else fixed.u.shape[1]
         chosen = TaskSpecificDirections(
             indices=torch.arange(n),
             rates=(triples.s / triples.norm)[:n].float().cpu(),
@@ -252,7 +252,7 @@ class DirectedLayer(_Mixin):
         learned = change if isinstance(change, Tensor) else change[1]
         seed = zlib.crc32(learned.float().cpu().numpy().tobytes())
         order = ranked(rates, spectrum.sigma + config.eps, config.selection, seed)
-        chosen = directions_on(spectrum, rates, order[: shape_of(fixed.indices)[0]], like=weight)
+        chosen = directions_on(spectrum, rates, order[: len(fixed.indices)], like=weight)
         chance = 0.0
         if config.direction_budget == "global":
             entry = change_norm(change) / weight.numel() ** 0.5
@@ -260,11 +260,11 @@ class DirectedLayer(_Mixin):
         unit = None
         if fixed.unit is not None:
             mean_square = weight.float().square().sum() / min(weight.shape)  # of the singular values
-            slots = shape_of(fixed.unit)[0]
+            slots = len(fixed.unit)
             unit = mean_square.sqrt().expand(slots) if config.dash_unit == "layer" else chosen.sigma[:slots]
         start_a, start_b = self._start(adapter, chosen)
         # Only the chosen few go on, and off an accelerator, until every layer is done and all can be written at once.
-        num_dash = 0 if fixed.u is None else shape_of(fixed.u)[1]
+        num_dash = 0 if fixed.u is None else fixed.u.shape[1]
         chosen = chosen._replace(u=chosen.u[:, :num_dash].clone(), v=chosen.v[:, :num_dash].clone())
         unit, start_a, start_b = (None if x is None else x.cpu() for x in (unit, start_a, start_b))
         return Identified(TaskSpecificDirections(*(x.cpu() for x in chosen)), unit, start_a, start_b, chance)
@@ -280,11 +280,11 @@ class DirectedLayer(_Mixin):
         chosen = found.chosen
         # Fewer than asked for where the weight has fewer; the rest stays as it is.
         pairs = [(fixed.u, chosen.u), (fixed.v, chosen.v.mT), (fixed.unit, found.unit)]
-        for parameter, value in (*pairs, (fixed.rates, chosen.rates), (fixed.sigma, chosen.sigma)):
-            if parameter is not None and value is not None:
-                write(parameter, _padded(value, shape_of(parameter)))
-        write(fixed.identified_at, whole(fixed.step))
-        write(fixed.indices, _padded(chosen.indices, shape_of(fixed.indices), -1))
+        for held, value in (*pairs, (fixed.rates, chosen.rates), (fixed.sigma, chosen.sigma)):
+            if held is not None and value is not None:
+                held.copy_(_padded(value, held.shape))
+        fixed.identified_at.copy_(fixed.step)
+        fixed.indices.copy_(_padded(chosen.indices, fixed.indices.shape, -1))
 
     def check_layout(self, adapter: str) -> None:
         """Refuse a layer whose weight cannot be read, without a look at its numbers.

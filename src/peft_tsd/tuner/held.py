@@ -1,11 +1,16 @@
-"""What a layer holds of its directions: the trained scalars, and what identification fixed."""
+"""What a layer holds of its directions: the trained scalars, and what identification fixed.
+
+The scalars are parameters. All else is buffers: nothing that trains, freezes, averages or counts parameters concerns
+them, PyTorch copies them into averaged models, and every process holds them whole. DDP need not send them around
+(`peft_tsd.distributed.replicas`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
-
-from ..distributed.sharded import whole
 
 
 class DashScalars(nn.Module):
@@ -20,7 +25,7 @@ class DashScalars(nn.Module):
 
 
 class FixedDirections(nn.Module):
-    """What identification leaves in one layer. Frozen parameters, because DDP sends buffers around at every step.
+    """What identification leaves in one layer, as buffers.
 
     Convolution kernels are flattened: `in` is in·kh·kw.
 
@@ -39,10 +44,20 @@ class FixedDirections(nn.Module):
         candidates: The directions that the last check of an automatic pre-launch found, highest rate first; int64,
             -1 before; None in a pre-launch of fixed length.
         agreement: What each of its checks found, over all layers, in the order of `TsdConfig.check_steps`; -1 before.
-        copies: Of these, in the process that saves, where ZeRO-3 has split them (`peft_tsd.zero_checkpoints`).
     """
 
-    copies: dict[str, Tensor] | None = None
+    step: Tensor
+    identified_at: Tensor
+    indices: Tensor
+    rates: Tensor
+    sigma: Tensor
+    unit: Tensor | None
+    u: Tensor | None
+    v: Tensor | None
+    a0: Tensor | None
+    b0: Tensor | None
+    candidates: Tensor | None
+    agreement: Tensor | None
 
     def __init__(
         self,
@@ -56,27 +71,49 @@ class FixedDirections(nn.Module):
         num_checks: int,
     ) -> None:
         super().__init__()
+        # PEFT's low_cpu_mem_usage puts new parameters on the meta device, and leaves buffers to whoever makes them.
+        device = DashScalars(0).weight.device
 
-        def fixed(*shape: int, dtype: torch.dtype | None = None, fill: float = 0) -> nn.Parameter:
-            return nn.Parameter(torch.full(shape, fill, dtype=dtype or torch.get_default_dtype()), requires_grad=False)
+        def hold(name: str, *shape: int, dtype: torch.dtype | None = None, fill: float = 0) -> None:
+            dtype = dtype or torch.get_default_dtype()
+            # An empty tensor is for what a method has none of.
+            value = torch.full(shape, fill, dtype=dtype, device=device) if all(shape) else None
+            self.register_buffer(name, value)
 
-        self.step = fixed(1, dtype=torch.int64)
-        self.identified_at = fixed(1, dtype=torch.int64, fill=-1)
-        self.indices = fixed(num_chosen, dtype=torch.int64, fill=-1)
-        self.rates = fixed(num_chosen)
-        self.sigma = fixed(num_chosen)
-        self.unit = fixed(num_dash) if num_dash and has_unit else None
-        self.u = fixed(out_size, num_dash) if num_dash else None
-        self.v = fixed(num_dash, in_size) if num_dash else None
-        self.a0 = fixed(num_start, in_size) if num_start else None
-        self.b0 = fixed(out_size, num_start) if num_start else None
-        self.candidates = fixed(num_chosen, dtype=torch.int64, fill=-1) if num_checks else None
-        self.agreement = fixed(num_checks, fill=-1) if num_checks else None
+        hold("step", 1, dtype=torch.int64)
+        hold("identified_at", 1, dtype=torch.int64, fill=-1)
+        hold("indices", num_chosen, dtype=torch.int64, fill=-1)
+        hold("rates", num_chosen)
+        hold("sigma", num_chosen)
+        hold("unit", num_dash * has_unit)
+        hold("u", out_size, num_dash)
+        hold("v", num_dash, in_size)
+        hold("a0", num_start, in_size)
+        hold("b0", out_size, num_start)
+        hold("candidates", num_chosen * bool(num_checks), dtype=torch.int64, fill=-1)
+        hold("agreement", num_checks, fill=-1)
 
     @property
     def identified(self) -> bool:
-        """Whether the directions have been chosen: pre-launch is over. Where it is sharded, every process must ask."""
-        return bool(whole(self.indices)[0] >= 0)
+        """Whether the directions have been chosen: pre-launch is over."""
+        return bool(self.indices[0] >= 0)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FixedDirections:
+        # PEFT moves a layer's parts to its device, but for those on the meta device, which have yet to be read from a
+        # file. It asks parameters alone whether they are there.
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        except NotImplementedError:
+            if not self.step.is_meta:
+                raise
+        return self
+
+    @torch.no_grad()
+    def upcast(self) -> None:
+        """To float32 what is of lower precision: what PEFT's `autocast_adapter_dtype` does with parameters."""
+        for name, buffer in self.named_buffers():
+            if buffer.is_floating_point() and buffer.itemsize < torch.float32.itemsize:
+                setattr(self, name, buffer.float())
 
 
 def used_columns(u: Tensor) -> Tensor:

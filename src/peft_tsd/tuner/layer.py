@@ -94,7 +94,9 @@ class TsdLayer(DirectedLayer, LoraLayer):
         return adapter in self.lora_A
 
     def trains(self, adapter: str) -> bool:
-        return bool(self.lora_A[adapter].weight.requires_grad)
+        # LoRA-FA freezes A.
+        modules = (self.lora_A, self.lora_B, self.lora_dash)
+        return any(p.requires_grad for module in modules if adapter in module for p in module[adapter].parameters())
 
     def settings(self, adapter: str) -> TsdConfig:
         return self.tsd_config[adapter]
@@ -113,25 +115,31 @@ class TsdLayer(DirectedLayer, LoraLayer):
         a, b = (whole(factors[adapter].weight).flatten(1) for factors in (self.lora_A, self.lora_B))
         fixed = self.fixed(adapter)
         if self.tsd_config[adapter].subtracts_init and fixed.a0 is not None and fixed.b0 is not None:
-            a, b = torch.cat([a, -whole(fixed.a0)]), torch.cat([b, whole(fixed.b0)], 1)
+            a, b = torch.cat([a, -fixed.a0]), torch.cat([b, fixed.b0], 1)
         return b, a, self.scaling[adapter]
 
     def factors(self, adapter: str) -> Factors:
         """The whole effective change, by its parts."""
         fixed = self.fixed(adapter)
+        a = self.lora_A[adapter].weight.flatten(1)
+
+        def read(buffer: Tensor | None) -> Tensor | None:
+            # FSDP's mixed precision, diffusers' cast_training_params and others cast parameters alone.
+            return None if buffer is None else buffer.to(a.dtype)
+
         delta_sigma = None
         if fixed.u is not None:
             # PEFT's set_scale and scale_layer turn the strength of a whole adapter up and down through `scaling`.
             delta_sigma = self.delta_sigma(adapter, self._strength(adapter))
         return Factors(
-            a=self.lora_A[adapter].weight.flatten(1),
+            a=a,
             b=self.lora_B[adapter].weight.flatten(1),
             scaling=self.scaling[adapter],
-            delta_sigma=delta_sigma,
-            u=fixed.u,
-            v=fixed.v,
-            a0=fixed.a0,
-            b0=fixed.b0,
+            delta_sigma=read(delta_sigma),
+            u=read(fixed.u),
+            v=read(fixed.v),
+            a0=read(fixed.a0),
+            b0=read(fixed.b0),
         )
 
     def _strength(self, adapter: str) -> float:
@@ -248,8 +256,8 @@ class TsdLayer(DirectedLayer, LoraLayer):
         fixed = self.fixed(adapter)
         if fixed.a0 is not None and fixed.b0 is not None:
             # From the parameters, so that both sides of B·A − B₀·A₀ carry the same rounding.
-            write(fixed.a0, whole(self.lora_A[adapter].weight).flatten(1))
-            write(fixed.b0, whole(self.lora_B[adapter].weight).flatten(1))
+            fixed.a0.copy_(whole(self.lora_A[adapter].weight).flatten(1))
+            fixed.b0.copy_(whole(self.lora_B[adapter].weight).flatten(1))
 
     def check_identifiable(self, adapter: str) -> None:
         if not is_sharded(self):

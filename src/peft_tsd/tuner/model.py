@@ -8,16 +8,14 @@ from typing import Any
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 
-from ..distributed.sharded import whole
 from ..models.packed import keep_as_stored
 from .config import TsdConfig
 from .directed import DirectedLayer
 from .dispatch import check_experts, create_layer
 from .layer import TsdLayer
-from .phase import Phase, adapted_layers, any_layer, phase_of, prelaunch_length, steps_taken, warn_as_saved
+from .phase import Phase, adapted_layers, any_layer, phase_of, prelaunch_length, steps_taken, warn_in_prelaunch
 from .quantized import QuantizedLayer
 from .table import Directions, directions_of
-from .zero_checkpoints import completed
 
 
 class DirectedModel:
@@ -54,7 +52,13 @@ class DirectedModel:
                 f"{prelaunch_length(self.peft_config[adapter])} pre-launch steps."
             )
         found = {name: directions_of(layer, adapter) for name, layer in layers.items()}
-        return Directions(found, int(whole(any_layer(layers).fixed(adapter).identified_at)))
+        return Directions(found, int(any_layer(layers).fixed(adapter).identified_at))
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)  # type: ignore[misc]
+        if autocast_adapter_dtype:  # PEFT casts parameters
+            for layer in adapted_layers(self.model, adapter_name).values():
+                layer.fixed(adapter_name).upcast()
 
     def _layers_of(self, adapter_name: str | None) -> tuple[dict[str, DirectedLayer], str]:
         adapter = self.active_adapters[0] if adapter_name is None else adapter_name
@@ -120,8 +124,7 @@ class TsdModel(DirectedModel, LoraModel):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        warn_as_saved(config, adapted_layers(model, adapter_name), adapter_name)
-        state_dict = completed(model, adapter_name, state_dict)
+        warn_in_prelaunch(config, adapted_layers(model, adapter_name), adapter_name, "is saved")
         state: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )

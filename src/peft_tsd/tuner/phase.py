@@ -8,7 +8,6 @@ from typing import Literal
 
 from torch import nn
 
-from ..distributed.sharded import is_sharded, whole
 from ..files.adapters import name_in_base
 from .directed import DirectedLayer
 from .settings import DirectionSettings
@@ -32,7 +31,7 @@ def config_of(layers: Mapping[str, DirectedLayer], adapter: str) -> DirectionSet
 
 def steps_taken(layers: Mapping[str, DirectedLayer], adapter: str) -> int:
     """Optimizer steps the adapter has taken, as its layers recorded them."""
-    return int(whole(any_layer(layers).fixed(adapter).step))
+    return int(any_layer(layers).fixed(adapter).step)
 
 
 def phase_of(layers: Mapping[str, DirectedLayer], adapter: str) -> Phase:
@@ -82,10 +81,3 @@ def warn_in_prelaunch(
         PrelaunchWarning,
         stacklevel=3,
     )
-
-
-def warn_as_saved(config: DirectionSettings, layers: Mapping[str, DirectedLayer], adapter: str) -> None:
-    """`warn_in_prelaunch`, of an adapter that is being saved."""
-    # One process saves a sharded model, and cannot ask for its phase without the others.
-    if not any(is_sharded(layer) for layer in layers.values()):
-        warn_in_prelaunch(config, layers, adapter, "is saved")

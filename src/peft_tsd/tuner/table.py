@@ -81,12 +81,12 @@ class Directions(Mapping[str, LayerDirections]):
 def directions_of(layer: DirectedLayer, adapter: str) -> LayerDirections:
     fixed = layer.fixed(adapter)
     out_size, in_size = layer.matrix_shape
-    dash = 0 if fixed.u is None else int(used_columns(whole(fixed.u)).sum())
+    dash = 0 if fixed.u is None else int(used_columns(fixed.u).sum())
     start = layer.r[adapter] if layer.restarted(adapter) else 0
-    chosen = min(int(whole(fixed.indices).ge(0).sum()), max(dash, start))
+    chosen = min(int(fixed.indices.ge(0).sum()), max(dash, start))
 
     def read(tensor: Tensor) -> Tensor:
-        return whole(tensor).to("cpu", copy=True)
+        return tensor.detach().to("cpu", copy=True)
 
     if fixed.u is None or fixed.v is None:
         delta_sigma, u, v = torch.empty(0), torch.empty(out_size, 0), torch.empty(in_size, 0)

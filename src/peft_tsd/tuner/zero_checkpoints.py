@@ -1,8 +1,7 @@
-"""Directions in DeepSpeed's checkpoints, which leave out what is frozen.
+"""DeepSpeed's checkpoints of version 0.1.0, which left the directions out: they are read from the adapter beside them.
 
-Transformers saves a PEFT model under DeepSpeed without its frozen parameters, and directions are such. What
-ZeRO-3 has split cannot be put together by the one process that saves, so that process holds a copy. And what a
-checkpoint's engine does not bring back is read from the adapter in it.
+Directions were frozen parameters there, and transformers saves a PEFT model under DeepSpeed without what is frozen.
+Buffers are saved.
 """
 
 from __future__ import annotations
@@ -12,51 +11,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..distributed import zero
-from ..distributed.sharded import is_main_process, shape_of, whole, write
 from ..errors import one_line
 from ..files.adapters import PREFIX, WEIGHTS
 from .directed import DirectedLayer
-from .held import FixedDirections
-
-
-def hold_copies(layers: Mapping[str, DirectedLayer], adapter: str, *, anew: bool) -> None:
-    """Have the main process hold a copy of directions that are split. Every process must call it.
-
-    Args:
-        layers: All layers of the adapter.
-        adapter: Its name.
-        anew: They have changed.
-    """
-    for layer in layers.values():
-        fixed = layer.fixed(adapter)
-        if zero.is_split(fixed.step) and (anew or fixed.copies is None):
-            copies = {name: whole(parameter).cpu() for name, parameter in fixed.named_parameters()}
-            fixed.copies = copies if is_main_process() else {}
-
-
-def completed(model: nn.Module, adapter: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`state_dict` of `model` with the directions of `adapter` that were left out, from the copies.
-
-    Raises:
-        RuntimeError: There are none: no step was taken.
-    """
-    found = dict(state_dict)
-    for name, fixed in model.named_modules():
-        if not (isinstance(fixed, FixedDirections) and name.endswith(f".{adapter}") and zero.is_split(fixed.step)):
-            continue
-        if fixed.copies is None:
-            raise RuntimeError(
-                f"The directions of adapter {adapter!r} are split over processes; they can be saved after a step."
-            )
-        if not fixed.copies:  # another process writes the file
-            continue
-        # This process has the one number that changes at every step.
-        copies = fixed.copies | {"step": zero.held_parts(fixed.step)[0][:1].cpu()}
-        found.update({f"{name}.{key}": value for key, value in copies.items()})
-    return found
+from .phase import steps_taken
 
 
 def restore(layers: Mapping[str, DirectedLayer], adapter: str, step: int, output: str) -> None:
@@ -66,14 +27,13 @@ def restore(layers: Mapping[str, DirectedLayer], adapter: str, step: int, output
         ValueError: They are not in the checkpoint of that step in `output`.
     """
     trained = [parameter for layer in layers.values() for parameter in layer.parameters() if parameter.requires_grad]
-    taken = next(iter(layers.values())).fixed(adapter).step
-    if not step or int(whole(taken)) or not any(zero.is_copied(parameter) for parameter in trained):
+    if not step or steps_taken(layers, adapter) or not any(zero.is_copied(parameter) for parameter in trained):
         return
     folder = Path(output) / f"checkpoint-{step}"
     path = (folder if adapter == "default" else folder / adapter) / WEIGHTS
     advice = (
-        "DeepSpeed's checkpoints do not hold directions. Build the model of a run that continues with "
-        "PeftModel.from_pretrained(base, CHECKPOINT, is_trainable=True)."
+        "DeepSpeed's checkpoints of peft-tsd 0.1.0 do not hold directions. Build the model of a run that continues "
+        "with PeftModel.from_pretrained(base, CHECKPOINT, is_trainable=True)."
     )
     try:
         saved = load_file(path)
@@ -81,17 +41,18 @@ def restore(layers: Mapping[str, DirectedLayer], adapter: str, step: int, output
         raise ValueError(
             f"The directions at step {step} cannot be read from {str(path)!r}: {one_line(error)}. {advice}"
         ) from None
-    for key, parameter in _fixed_parameters(layers, adapter):
-        value = saved.get(PREFIX + key)
-        if value is None or value.shape != shape_of(parameter):
-            raise ValueError(f"{str(path)!r} does not hold {key} of shape {tuple(shape_of(parameter))}. {advice}")
-        write(parameter, value)
+    held = dict(_directions(layers, adapter))
+    for key, buffer in held.items():
+        if key not in saved or saved[key].shape != buffer.shape:
+            raise ValueError(f"{str(path)!r} does not hold {key} of shape {tuple(buffer.shape)}. {advice}")
+    for key, buffer in held.items():
+        buffer.copy_(saved[key])
 
 
-def _fixed_parameters(layers: Mapping[str, DirectedLayer], adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of all directions, with their names in a saved adapter, less `PREFIX`."""
+def _directions(layers: Mapping[str, DirectedLayer], adapter: str) -> Iterator[tuple[str, Tensor]]:
+    """All directions, with their names in a saved adapter."""
     for name, layer in layers.items():
         for inner, module in layer.named_modules():
             if module is layer.fixed(adapter):
-                for key, parameter in module.named_parameters():
-                    yield f"{name}.{inner.removesuffix('.' + adapter)}.{key}", parameter
+                for key, buffer in module.named_buffers():
+                    yield f"{PREFIX}{name}.{inner.removesuffix('.' + adapter)}.{key}", buffer
