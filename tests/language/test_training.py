@@ -29,8 +29,9 @@ from support.waiting import signalled
 
 
 @pytest.fixture
-def place(tmp_path):
-    """A folder with a tiny Llama and 20 rows of data."""
+def place(tmp_path, monkeypatch):
+    """The folder one is in, with a tiny Llama and 20 rows of data."""
+    monkeypatch.chdir(tmp_path)
     text_models.llama_folder(tmp_path / "model")
     text_models.jsonl(tmp_path / "data.jsonl", text_models.rows(20))
     return tmp_path
