@@ -119,11 +119,11 @@ def test_the_tuned_value_is_the_best_on_validation_rows(place):
     recipe = text_models.write_recipe(place)
     plan = make_plan(str(recipe), methods=["lora"], seeds=[1], tune=("lr", [1e-30, 0.03]), validation_size=12)
     result = compare(plan, place / "out")
-    scores = {row["value"]: row["score"] for row in result.tuned}
+    losses = {row["value"]: row["held_out_loss"] for row in result.tuned}
     assert {row["data"]["train"] for row in [*result.tuned, *result.rows]} == {12}
     assert {row["questions"] for row in result.tuned} == {12}
     assert {row["questions"] for row in result.rows} == {6}
-    best = max(scores, key=scores.__getitem__)
+    best = min(losses, key=losses.__getitem__)
     assert [row["learning_rate"] for row in result.rows] == [best]
 
 

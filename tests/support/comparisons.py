@@ -4,9 +4,9 @@ from peft_tsd.compare.plan import Cell
 from peft_tsd.compare.results import row_of
 
 
-def row(method, seed, score, *, rank=4, task=None, variation=(), **more):
+def row(method, seed, score, *, rank=4, task=None, variation=(), held_out=None, **more):
     metrics = {
-        "score": {"metric": "accuracy", "after": score, "questions": 10},
+        "score": {"metric": "accuracy", "after": score, "questions": 10, "loss": held_out},
         "trainable_parameters": 5,
         "total_parameters": 10,
         "steps": 3,

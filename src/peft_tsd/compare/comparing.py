@@ -105,16 +105,18 @@ def _check(plan: Plan, out: Path, runs: Sequence[Run]) -> None:
 
 
 def _best(trials: Sequence[tuple[Cell, Any]], runs: Sequence[Run], errors: dict[str, str]) -> dict[Cell, Any]:
-    """The value that scored best on the validation rows, the first of equal ones, for each tuned cell."""
-    scores: dict[Cell, dict[Any, float]] = {}
+    """The value with the lowest loss on the validation rows, for each tuned cell: a score of so few rows has ties."""
+    losses: dict[Cell, dict[Any, float]] = {}
     for (cell, value), run in zip(trials, runs):
         metrics = finished(run)
         if metrics is not None:
-            scores.setdefault(cell, {})[value] = metrics["score"]["after"]
+            # Runs that an older version has finished have a score alone.
+            score = metrics["score"]
+            losses.setdefault(cell, {})[value] = score.get("loss", -score["after"])
     for (cell, _), run in zip(trials, runs):
-        if cell not in scores:
+        if cell not in losses:
             raise InputError(f"--tune: no value works for {cell.path}: {errors[run.name]}")
-    return {cell: max(own, key=own.__getitem__) for cell, own in scores.items()}
+    return {cell: min(own, key=own.__getitem__) for cell, own in losses.items()}
 
 
 def _write(

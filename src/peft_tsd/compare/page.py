@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..pages.embedding import script_digest, script_json
 from .plan import METHODS, MORE_METHODS, Group, Plan
 from .results import Interval, Summary, group_of
-from .tables import cells, differences, legend
+from .tables import cells, differences, held_out, legend
 
 SIGNIFICANT = 0.05
 
@@ -56,7 +56,7 @@ def render(
         scripts=f"{script_digest(plotly)} {script_digest(script)}",
         style=(page / "page.css").read_text("utf-8"),
         finding=html.escape(finding(summaries)),
-        table=_table(*cells(summaries)) + (_table(*by_task) if by_task else ""),
+        table="".join(_table(*one) for one in (cells(summaries), held_out(summaries), by_task) if one),
         legend=html.escape(legend(plan, rows, tuned)),
         command=html.escape(command),
         data=script_json(_charts(plan, rows, tuned, summaries)),
@@ -114,11 +114,17 @@ def _charts(
         own = [row for row in done if row["task"] == task]
         name = f"Training loss: {task}" if task else "Training loss"
         charts.append(_chart(name, "step", "loss, mean over seeds", _losses(own, plan)))
+        if any(row.get("evaluations") for row in own):
+            name = f"Held-out loss: {task}" if task else "Held-out loss"
+            charts.append(_chart(name, "step", "loss, mean over seeds", _held_out(own, plan)))
     if plan.tuning:
         for task in dict.fromkeys(row["task"] for row in tuned):
             own = [row for row in tuned if row["task"] == task and row["status"] == "finished"]
-            name = f"Score on validation rows by {plan.tuning.key}" + (f": {task}" if task else "")
-            charts.append(_chart(name, plan.tuning.key, "score, points", _tuned(own, plan), type="category"))
+            has_loss = all(row.get("held_out_loss") is not None for row in own)
+            what, unit = ("Loss of", "loss") if has_loss else ("Score on", "score, points")
+            name = f"{what} validation rows by {plan.tuning.key}" + (f": {task}" if task else "")
+            lines = _tuned(own, plan, "held_out_loss" if has_loss else "score", 1 if has_loss else 100)
+            charts.append(_chart(name, plan.tuning.key, unit, lines, type="category"))
     return charts
 
 
@@ -183,13 +189,32 @@ def _losses(rows: Sequence[Mapping[str, Any]], plan: Plan) -> list[dict[str, Any
     return traces
 
 
+def _held_out(rows: Sequence[Mapping[str, Any]], plan: Plan) -> list[dict[str, Any]]:
+    """The losses of evaluations during training, where all of a group's runs were evaluated at the same steps."""
+    groups: dict[Group, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row.get("evaluations"):
+            groups.setdefault(group_of(row), []).append(row)
+    return [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": group.label,
+            "x": [one["step"] for one in own[0]["evaluations"]],
+            "y": [fmean(losses) for losses in zip(*([one["loss"] for one in row["evaluations"]] for row in own))],
+            "line": {"color": _colour(group.method), "dash": _line(group.rank, plan), "width": 1.5},
+        }
+        for group, own in groups.items()
+    ]
+
+
 def _smooth(values: Sequence[float]) -> list[float]:
     """A running mean over a twentieth of the curve."""
     width = max(1, len(values) // 20)
     return [fmean(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
 
 
-def _tuned(rows: Sequence[Mapping[str, Any]], plan: Plan) -> list[dict[str, Any]]:
+def _tuned(rows: Sequence[Mapping[str, Any]], plan: Plan, what: str, scale: float) -> list[dict[str, Any]]:
     groups: dict[Group, list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault(group_of(row), []).append(row)
@@ -199,7 +224,7 @@ def _tuned(rows: Sequence[Mapping[str, Any]], plan: Plan) -> list[dict[str, Any]
             "mode": "lines+markers",
             "name": group.label,
             "x": [str(row["value"]) for row in own],
-            "y": [100 * row["score"] for row in own],
+            "y": [scale * row[what] for row in own],
             "line": {"color": _colour(group.method), "dash": _line(group.rank, plan)},
         }
         for group, own in groups.items()

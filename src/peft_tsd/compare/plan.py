@@ -177,8 +177,8 @@ def make_plan(
         tasks: Rows of the recipe's `task` choice; its default without it.
         vary: Further keys with their values; every combination is run, of the methods that use the key.
         tune: A key (`lr` is `optimizer.learning_rate`) and its values. Each method is trained with each value on each
-            task, at the first rank and with the first seed, and keeps the value that scores best on rows held out of
-            training.
+            task, at the first rank and with the first seed, and keeps the value with the lowest loss on rows held
+            out of training.
         validation_size: How many rows those are; held out in every run of a tuned comparison.
 
     Raises:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from .held_out import final_losses, steps_to_others
 from .plan import Cell, Group
 
 CONFIDENCE = 0.95
@@ -33,6 +34,20 @@ class Paired(NamedTuple):
     """The same, adjusted for the number of such tests (Benjamini and Hochberg's false discovery rate)."""
 
 
+class HeldOut(NamedTuple):
+    """What a method's runs came to by their held-out loss."""
+
+    loss: Interval
+    """Final, over seeds; of each the mean over tasks."""
+    against_lora: Paired | None
+    """The difference from LoRA's; None as in `Summary`."""
+    steps: Interval | None
+    """Steps after which runs had the final loss of LoRA's run of the same task and seed; None where none had, or runs
+    were not evaluated on the way."""
+    never: int
+    """Runs that never had it."""
+
+
 class Summary(NamedTuple):
     """What the runs of one method, rank and variation came to."""
 
@@ -45,6 +60,8 @@ class Summary(NamedTuple):
     """None for LoRA itself, and where there is no LoRA of that rank."""
     differences: dict[str, Interval]
     """By column: the difference from the same LoRA over the same seeds; empty where there is none."""
+    held_out: HeldOut | None
+    """None where no run has a held-out loss: those of an older version."""
     learning_rates: list[float]
     trainable_parameters: int
     seconds_per_step: float
@@ -64,6 +81,8 @@ def row_of(cell: Cell, metrics: Mapping[str, Any], recipe: Mapping[str, Any]) ->
         "metric": score["metric"],
         "score": score["after"],
         "scores": tasks or {cell.task or "test": {score["metric"]: score["after"]}},
+        "held_out_loss": score.get("loss"),
+        "evaluations": metrics.get("evaluations", []),
         "questions": score["questions"],
         "left_out": score.get("left_out", []),
         "learning_rate": recipe["optimizer"]["learning_rate"],
@@ -114,19 +133,39 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[Summary]:
     tasks = {row["task"] for row in rows}
     averages = {group: _averages(own, tasks) for group, own in groups.items()}
     columns = {group: _columns(own) for group, own in groups.items()}
+    losses = {group: final_losses(own, tasks) for group, own in groups.items()}
     tests: dict[Group, tuple[Interval, float | None]] = {}
+    loss_tests: dict[Group, tuple[Interval, float | None]] = {}
+    loras: dict[Group, Group] = {}
     differences: dict[Group, dict[str, Interval]] = {}
     for group, own in averages.items():
         alike = (group._replace(method="lora", variation=()), group._replace(method="lora"))
         lora = next((other for other in alike if averages.get(other)), None)
         if group.method != "lora" and lora and own.keys() & averages[lora].keys():
             tests[group] = _paired(own, averages[lora])
+            loras[group] = lora
+            if losses[group].keys() & losses[lora].keys():
+                loss_tests[group] = _paired(losses[group], losses[lora])
             differences[group] = {
                 name: _difference(scores, columns[lora][name])
                 for name, scores in columns[group].items()
                 if scores.keys() & columns[lora].get(name, {}).keys()
             }
     adjusted = _adjusted({group: p for group, (_, p) in tests.items() if p is not None})
+    adjusted_losses = _adjusted({group: p for group, (_, p) in loss_tests.items() if p is not None})
+
+    def held_out(group: Group) -> HeldOut | None:
+        if not losses[group]:
+            return None
+        against = loss_tests.get(group)
+        steps, never = steps_to_others(groups[group], groups[loras[group]]) if group in loras else ([], 0)
+        return HeldOut(
+            loss=interval(list(losses[group].values())),
+            against_lora=Paired(*against, adjusted_losses.get(group)) if against else None,
+            steps=interval(steps) if steps else None,
+            never=never,
+        )
+
     found = []
     for group, own_rows in groups.items():
         done = [row for row in own_rows if row["status"] == "finished"]
@@ -141,6 +180,7 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[Summary]:
                 average=interval(list(averages[group].values())),
                 against_lora=Paired(*against, adjusted.get(group)) if against else None,
                 differences=differences.get(group, {}),
+                held_out=held_out(group),
                 learning_rates=list(dict.fromkeys(row["learning_rate"] for row in done)),
                 trainable_parameters=max(row["trainable_parameters"] for row in done),
                 seconds_per_step=fmean(row["seconds_per_step"] for row in done),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .plan import Plan
-from .results import Interval, Paired, Summary
+from .results import HeldOut, Interval, Paired, Summary
 
 
 def document(
@@ -18,6 +18,8 @@ def document(
 ) -> str:
     """The table of all methods, with what one needs to know to read and to repeat it."""
     parts = [table(summaries), legend(plan, rows, tuned)]
+    if lost := held_out(summaries):
+        parts += [markdown(*lost), HELD_OUT_LEGEND]
     if found := differences(summaries):
         parts.append(markdown(*found))
     if failed := [row for row in rows if row["status"] == "failed"]:
@@ -38,6 +40,30 @@ def cells(summaries: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
     averaged = ["average"] if len(columns) > 1 else []
     heads = ["method", *columns, *averaged, "− LoRA", "p", "lr", "trained", "s/step", "MiB"]
     return heads, [_line(summary, columns, bool(averaged)) for summary in summaries]
+
+
+HELD_OUT_LEGEND = (
+    "The loss of the rows scored: over the tokens of the answers, the mean over tasks. “− LoRA” and p as above, of "
+    "that loss: less is better. “steps to LoRA’s”: optimizer steps after which a run had the final loss of LoRA’s run "
+    "of the same task and seed (in brackets how many runs never had it); it takes `evaluation.every`."
+)
+
+
+def held_out(summaries: Sequence[Summary]) -> tuple[list[str], list[list[str]]] | None:
+    """As `cells`, the final held-out losses; None where no run has one."""
+    measured = [(summary.group.label, summary.held_out) for summary in summaries if summary.held_out]
+    if not measured:
+        return None
+    return ["held-out loss", "final", "− LoRA", "p", "steps to LoRA’s"], [
+        [
+            label,
+            _loss(own.loss),
+            _loss(own.against_lora and own.against_lora.difference, sign=True),
+            _p(own.against_lora),
+            _steps(own),
+        ]
+        for label, own in measured
+    ]
 
 
 def differences(summaries: Sequence[Summary]) -> tuple[list[str], list[list[str]]] | None:
@@ -115,6 +141,22 @@ def _points(value: Interval | None, *, sign: bool = False) -> str:
         return ""
     mean = f"{100 * value.mean:+.1f}" if sign else f"{100 * value.mean:.1f}"
     return mean if value.half is None else f"{mean} ± {100 * value.half:.1f}"
+
+
+def _loss(value: Interval | None, *, sign: bool = False) -> str:
+    if value is None:
+        return ""
+    mean = f"{value.mean:{'+' if sign else ''}.3f}"
+    return mean if value.half is None else f"{mean} ± {value.half:.3f}"
+
+
+def _steps(own: HeldOut) -> str:
+    parts = []
+    if own.steps is not None:
+        parts.append(f"{own.steps.mean:.0f}" + ("" if own.steps.half is None else f" ± {own.steps.half:.0f}"))
+    if own.never:
+        parts.append(f"({own.never} never)")
+    return " ".join(parts)
 
 
 def _p(against: Paired | None) -> str:
