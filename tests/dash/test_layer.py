@@ -268,15 +268,19 @@ def test_a_layer_with_nan_is_named_and_nothing_is_changed():
     model = trained(steps=2)
     layer = model.base_model.model.model.layers[1].mlp.down_proj
     layer.hada_w1_a["default"].data.fill_(torch.nan)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    optimizer.step()
     with pytest.raises(ValueError, match=r"layer 'model\.layers\.1\.mlp\.down_proj'.*NaN or Inf"):
-        advance(model, torch.optim.AdamW(model.parameters()))
+        advance(model, optimizer)
     assert model.phase() == "pre-launch"
 
 
 def test_merged_adapters_are_not_identified_nor_exported(tmp_path):
     model = trained(steps=2)
     model.merge_adapter()
-    with pytest.raises(ValueError, match=r"its adapters \['default'\] are merged; call unmerge_adapter\(\) first"):
+    with pytest.raises(
+        ValueError, match=r"its adapters \['default'\] are merged into the base weight; call unmerge_adapter\(\) first"
+    ):
         advance(model, torch.optim.AdamW(model.parameters()))
     with pytest.raises(ValueError, match="are merged"):
         export_lora(model, tmp_path / "out")

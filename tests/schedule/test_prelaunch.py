@@ -163,6 +163,7 @@ def test_a_check_names_a_diverged_layer():
     model = adapted()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     tiny.train(model, 2, optimizer=optimizer)
+    optimizer.step()
     layer = adapted_layers(model, "default")["model.layers.1.self_attn.v_proj"]
     layer.lora_B["default"].weight.data[0, 0] = float("nan")
     with pytest.raises(TransitionError, match="layer 'model.layers.1.self_attn.v_proj': .*B.* holds 1 NaN"):

@@ -7,7 +7,7 @@ import torch
 from peft import LoHaConfig, PeftModel, get_peft_model
 from torch import nn
 
-from peft_tsd import DashConfig, TsdConfig, advance, export_lora, identify_from_gradients
+from peft_tsd import DashConfig, TsdConfig, export_lora, identify_from_gradients
 from peft_tsd.schedule.sketches import gradient_triples
 from peft_tsd.tuner.layer import INIT_ROW_NORM
 from peft_tsd.tuner.phase import adapted_layers
@@ -189,7 +189,7 @@ def test_what_goes_by_the_weight_is_refused(changes, message):
         TsdConfig(**{"direction_source": "gradient", **changes})
 
 
-def test_a_layer_that_no_gradient_reaches_is_named():
+def test_a_layer_that_no_gradient_reaches_is_left_out():
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
@@ -199,7 +199,9 @@ def test_a_layer_that_no_gradient_reaches_is_named():
             return self.used(x)
 
     model = get_peft_model(Two(), tiny.config(target_modules=["used", "unused"], direction_source="gradient"))
-    with pytest.raises(ValueError, match="unused"):
-        identify_from_gradients(model, [torch.randn(4, 8)], loss=square)
+    with pytest.raises(ValueError, match="No gradient but zero reached 'used' or any of 2 layers"):
+        identify_from_gradients(model, [torch.randn(4, 8)], loss=lambda model, x: square(model, x) * 0)
     assert model.phase() == "pre-launch"
-    advance(model, torch.optim.SGD(model.parameters()))
+    identify_from_gradients(model, [torch.randn(4, 8)], loss=square)
+    assert model.phase() == "dash"
+    assert [len(found.indices) > 0 for found in model.directions().values()] == [True, False]

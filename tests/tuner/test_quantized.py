@@ -424,12 +424,18 @@ def test_float8_that_hooks_widen():
         model.merge_adapter()
 
 
+def stepped(model):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer.step()
+    return optimizer
+
+
 def test_an_offloaded_weight_is_refused_before_anything_is_written(folder):
     model = adapted(quantized("bnb-nf4", folder), prelaunch_steps=1)
     first = next(iter(layers_of(model).values()))
     first.get_base_layer().weight = nn.Parameter(torch.empty(8, 1, device="meta"), requires_grad=False)
     with pytest.raises(TransitionError, match=r"q_proj': its base weight is offloaded"):
-        tiny.advance(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
+        tiny.advance(model, stepped(model))
 
 
 def test_a_sharded_weight_is_refused(folder):
@@ -443,7 +449,7 @@ def test_a_sharded_weight_is_refused(folder):
         mesh = init_device_mesh("cpu", (1,))
         base.weight = nn.Parameter(DTensor.from_local(base.weight.data, mesh, [Shard(0)]), requires_grad=False)
         with pytest.raises(TransitionError, match=r"quantized weight \(Linear4bit\) is sharded .*; train with DDP"):
-            tiny.advance(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
+            tiny.advance(model, stepped(model))
     finally:
         destroy_process_group()
 

@@ -91,8 +91,11 @@ class DashLayer(DirectedLayer):
         Raises:
             ValueError: As `merged_without_directions`.
         """
-        change: Tensor = self.merged_without_directions(adapter).weight_matrix() - as_double(self.weight_matrix())
-        return change
+        weight = as_double(self.weight_matrix())
+        change: Tensor = self.merged_without_directions(adapter).weight_matrix() - weight
+        # What is left of nothing by a method that divides by norms (DoRA), or inverts (OFT), in float32.
+        rounding = 4 * torch.finfo(torch.float32).eps * weight.norm()
+        return torch.zeros_like(change) if change.norm() <= rounding else change
 
     @torch.no_grad()
     def merged_without_directions(self, adapter: str) -> DashLayer:
@@ -101,8 +104,7 @@ class DashLayer(DirectedLayer):
         Raises:
             ValueError: PEFT cannot merge this layer, or its adapters are merged.
         """
-        if self.merged:
-            raise ValueError(f"its adapters {self.merged_adapters} are merged; call unmerge_adapter() first.")
+        self.check_unmerged()
         layer: DashLayer = copy.deepcopy(self).eval()
         layer.to(as_double(self.weight_matrix()[:0]).device, torch.float64)
         try:

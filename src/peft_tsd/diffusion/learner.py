@@ -21,6 +21,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 
 from ..errors import RecipeError
 from ..schedule.stepping import advance
+from ..schedule.taken import steps_of
 from ..tuner.config import TsdConfig
 from .adapters import Adapters
 from .encoded import Encoded
@@ -105,10 +106,12 @@ class Learner:
                 )
             if self._recipe.optimizer.max_grad_norm:
                 self._accelerator.clip_grad_norm_(self._parameters, self._recipe.optimizer.max_grad_norm)
+            before = steps_of(self._optimizer)
             self._optimizer.step()
             self._optimizer.zero_grad()
-            # In float16 a step whose gradients overflow is left out; it is taken again with a smaller loss scale.
-            if not self._optimizer.step_was_skipped:
+            # In float16 a step whose gradients overflow is left out; it is taken again with a smaller loss scale. What
+            # Accelerate says of that (`step_was_skipped`) does not hold with a fused optimizer.
+            if before is None or steps_of(self._optimizer) != before:
                 break
         else:
             raise RecipeError(f"the gradients overflow float16 at step {number}; use model.dtype=bfloat16")

@@ -61,6 +61,17 @@ def check_change(weight: Tensor, delta: Tensor | LowRank) -> None:
         raise ValueError(f"delta must have the weight's shape {tuple(weight.shape)}; got {shape}.")
 
 
+def is_no_change(delta: Tensor | LowRank) -> bool:
+    """Whether a change is zero, or the difference of two low-rank products that are one: it has no directions."""
+    if isinstance(delta, Tensor):
+        return not bool(delta.any())
+    b, a, scaling = delta
+    if not scaling or not b.any() or not a.any():
+        return True
+    # Of A − A₀ and B − B₀ nothing is left but the rounding of float64; a step changes float32 by 1e-7 at least.
+    return change_norm(delta) <= 1e-12 * abs(scaling) * float(as_double(b).norm() * as_double(a).norm())
+
+
 def change_norm(delta: Tensor | LowRank) -> float:
     """‖ΔW‖ (Frobenius); of low-rank factors, from the (r, r) core between the QR factors of B and Aᵀ."""
     if isinstance(delta, Tensor):

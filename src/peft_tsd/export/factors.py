@@ -38,7 +38,7 @@ def stack_layer(
     a, b = read("lora_A.weight").float().flatten(1), read("lora_B.weight").float().flatten(1)
     scaling = lora_scaling(config, name, rank=a.shape[0])
     factors = Factors(a, b, scaling)
-    identified = bool(read("lora_directions.indices")[0] >= 0)
+    identified = bool(read("lora_directions.indices")[0] >= 0)  # a layer may have been left out
     if identified and config.learns_along_directions:
         theta = read("lora_dash.weight").float()
         if config.dash_unit != "one":

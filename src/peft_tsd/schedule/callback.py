@@ -18,7 +18,7 @@ from ..tuner.settings import DirectionSettings
 from ..tuner.zero_checkpoints import restore
 from .gradients import Loss, loss_of_output, random_states_kept
 from .prelaunch import checks_made
-from .stepping import advance, identify_from_gradients, log, trained_adapters
+from .stepping import advance, check_unmerged, identify_from_gradients, log, trained_adapters
 
 
 class TsdCallback(TrainerCallback):
@@ -70,6 +70,7 @@ class TsdCallback(TrainerCallback):
     ) -> None:
         remaining = state.max_steps - state.global_step
         for config, layers, adapter in _trained(model):
+            check_unmerged(layers, adapter)
             if config.direction_source == "weight":
                 for name, layer in layers.items():
                     in_layer(name, layer.check_layout, adapter)

@@ -45,7 +45,8 @@ def loss_of_output(model: nn.Module, batch: Any) -> Tensor:
 def weight_gradients(
     model: nn.Module, layers: Mapping[str, DirectedLayer], batches: Sequence[Any], loss: Loss, memory: float
 ) -> Iterator[dict[str, Tensor]]:
-    """The gradient of the mean loss over `batches` with respect to each layer's frozen weight, (out, in), in groups.
+    """The gradient of the mean loss over `batches` with respect to each layer's frozen weight, (out, in), in groups;
+    zero where none reaches the layer.
 
     The model is in evaluation mode meanwhile (but checkpoints activations where it would in training), and everything
     is put back after each group: modes, what requires gradients, random number generators. In distributed training
@@ -59,7 +60,7 @@ def weight_gradients(
         memory: Most bytes the gradients of one group take; a group has at least one layer.
 
     Raises:
-        ValueError: No gradient reaches any layer of a group, or `loss` gives no scalar.
+        ValueError: `loss` gives no scalar.
     """
     for group in _groups(layers, memory):
         yield _gradients(model, group, batches, loss)
@@ -99,14 +100,12 @@ def pass_by(
     Raises:
         ValueError: As `weight_gradients`.
     """
-    reached: set[str] = set()
     # The one thing that requires a gradient, so that the backward pass comes by.
     anchor = torch.zeros((), requires_grad=True)
 
     def watch(name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         def hand_over(x: Tensor, gradient: Tensor) -> None:
             add(name, x, gradient)
-            reached.add(name)
 
         return lambda module, inputs, result: _Watched.apply(result, inputs[0], anchor, hand_over)  # type: ignore[no-untyped-call]
 
@@ -123,12 +122,6 @@ def pass_by(
         finally:
             for handle in handles:
                 handle.remove()
-    if not reached:
-        raise ValueError(
-            f"No gradient reached {next(iter(layers))!r} or any of {len(layers)} layers: give a loss that depends on "
-            "them; where activations are checkpointed with use_reentrant=True, call "
-            "model.enable_input_require_grads() before."
-        )
 
 
 class _Watched(torch.autograd.Function):

@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor
 
-from ..directions.change import LowRank, check_change
+from ..directions.change import LowRank, check_change, is_no_change
 from ..directions.definitions import highest_first, rates_on
 from ..directions.spectrum import Spectrum
 from ..distributed.sharded import is_sharded
@@ -107,7 +107,7 @@ def _check(layers: Mapping[str, DirectedLayer], adapter: str, config: DirectionS
 
     def read(name: str, owner: int) -> tuple[Tensor | None, Tensor | LowRank]:
         layer = checked[name]
-        # A process takes the same layers at every check: where it has seen this one before, it holds what it needs.
+        # A process takes the same layers at every check: where it has seen this one change, it holds what it needs.
         weight = None if layer in _seen else in_layer(name, lambda _: layer.weight_in(owner), adapter)
         return weight, in_layer(name, layer.learned_change, adapter)
 
@@ -116,15 +116,17 @@ def _check(layers: Mapping[str, DirectedLayer], adapter: str, config: DirectionS
         return in_layer(name, lambda _: _first_directions(checked[name], adapter, weight, change), adapter)
 
     found = share_out(checked, read, work, {name: layer.cost for name, layer in checked.items()})
-    _seen.update(checked.values())
+    _seen.update(checked[name] for name, indices in found.items() if len(indices))
     parts = []
     for name, indices in found.items():
+        if not len(indices):  # a layer that has not changed tells nothing
+            continue
         candidates = checked[name].fixed(adapter).candidates
         assert candidates is not None
         before = candidates.cpu()
         parts.append(float(torch.isin(indices, before).double().mean()))
         candidates.copy_(torch.cat([indices, before[len(indices) :]]))
-    agreement = sum(parts) / len(parts)
+    agreement = sum(parts) / len(parts) if parts else 0.0
     number = config.check_steps.index(step)
     for layer in layers.values():  # all record the same
         recorded = layer.fixed(adapter).agreement
@@ -137,6 +139,8 @@ def _check(layers: Mapping[str, DirectedLayer], adapter: str, config: DirectionS
 
 def _first_directions(layer: DirectedLayer, adapter: str, weight: Tensor | None, change: Tensor | LowRank) -> Tensor:
     """The positions in the spectrum that identification would take now, highest change rate first."""
+    if is_no_change(change):
+        return torch.empty(0, dtype=torch.int64)
     if layer not in _held:
         assert weight is not None
         check_change(weight, change)

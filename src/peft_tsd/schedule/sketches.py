@@ -24,18 +24,16 @@ from .gradients import Loss, pass_by
 
 def along_gradients(
     model: nn.Module, batches: Sequence[Any], loss: Loss, layers: Mapping[str, DirectedLayer], adapter: str
-) -> dict[str, Identified]:
-    """The leading singular directions of the gradient as the directions of every layer; see `gradient_triples`.
-
-    Raises:
-        TransitionError: No gradient reaches a layer.
+) -> dict[str, Identified | None]:
+    """The leading singular directions of the gradient as the directions of every layer, None where it is zero; see
+    `gradient_triples`.
     """
     nums = {name: len(layer.fixed(adapter).indices) for name, layer in layers.items()}
     found = gradient_triples(model, layers, batches, loss, nums)
 
-    def work(name: str, adapter: str) -> Identified:
-        if name not in found:
-            raise ValueError("no gradient reaches it; leave it out of target_modules.")
+    def work(name: str, adapter: str) -> Identified | None:
+        if name not in found or not len(found[name].s):
+            return None
         return layers[name].along_gradient(adapter, found[name], zlib.crc32(name.encode()))
 
     return {name: in_layer(name, partial(work, name), adapter) for name in layers}
@@ -70,7 +68,7 @@ def gradient_triples(
 
     for is_first in (True, False):
         pass_by(model, layers, batches, loss, add)
-        for sketch in _together(layers, sketches):
+        for sketch in _together(layers, sketches, nums):
             if is_first:
                 sketch.turn()
     share = 1 / (len(batches) * world()[1])
@@ -82,7 +80,9 @@ def gradient_triples(
     return found
 
 
-def _together(layers: Mapping[str, DirectedLayer], sketches: dict[str, Sketch]) -> list[Sketch]:
+def _together(
+    layers: Mapping[str, DirectedLayer], sketches: dict[str, Sketch], nums: Mapping[str, int]
+) -> list[Sketch]:
     """The sketches of all layers that a gradient reached in any process, their sums added up over processes."""
     _, size = world()
     if size == 1:
@@ -90,10 +90,10 @@ def _together(layers: Mapping[str, DirectedLayer], sketches: dict[str, Sketch]) 
     known: list[Any] = [None] * size
     torch.distributed.all_gather_object(known, sorted(sketches))
     reached = set().union(*known)
-    missing = [name for name in layers if name in reached and name not in sketches]
-    if missing:
-        raise ValueError(f"No gradient reached {missing[0]!r} in this process, and one did in another.")
     for name in layers:
         if name in reached:
+            if name not in sketches:  # an expert whose tokens are all in another process
+                like = torch.empty(0, device=layers[name].weight_device)
+                sketches[name] = Sketch(layers[name].matrix_shape, nums[name], zlib.crc32(name.encode()), like=like)
             torch.distributed.all_reduce(sketches[name].sums)
     return [sketches[name] for name in layers if name in reached]

@@ -1,8 +1,8 @@
 """From pre-launch over the transition to the dash: `TsdCallback` for Trainers, `advance` for any other loop.
 
-Both count *optimizer steps*, in the adapter's own saved state, so that gradient accumulation, gradient checkpointing,
-evaluation and a resumed run change nothing. The transition happens between two steps: the directions of every layer
-are found first, one layer at a time, and only then is anything written.
+Both count *optimizer steps that were taken*, in the adapter's own saved state, so that gradient accumulation, skipped
+steps, gradient checkpointing, evaluation and a resumed run change nothing. The transition happens between two steps:
+the directions of every layer are found first, one layer at a time, and only then is anything written.
 """
 
 from __future__ import annotations
@@ -11,26 +11,33 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from accelerate.utils import extract_model_from_parallel  # type: ignore[import-untyped]
 from torch import nn
 from torch.optim import Optimizer
 
+from ..distributed.sharded import is_main_process
 from ..tuner.directed import DirectedLayer, Identified
-from ..tuner.phase import adapted_layers, config_of, phase_of, steps_taken
+from ..tuner.phase import adapted_layers, any_layer, config_of, phase_of, steps_taken
 from .gradients import Loss, loss_of_output, weight_gradients
 from .prelaunch import prelaunch_is_over
 from .sketches import along_gradients
+from .taken import counts_now
 from .transition import identified, transition
 
 log = logging.getLogger(__name__)
 
+_waits: WeakSet[DirectedLayer] = WeakSet()
+
 
 def advance(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], adapter_name: str | None = None) -> bool:
-    """Count one optimizer step, and make the transition when the pre-launch is over.
+    """Count an optimizer step that was taken, and make the transition when the pre-launch is over.
 
-    Call it once after each `optimizer.step()` of your own loop, on every process:
+    Call it once after each `optimizer.step()` of your own loop, on every process. Where that did nothing, because a
+    wrapper accumulates gradients (Accelerate, DeepSpeed) or leaves out a step that overflows (GradScaler), nor does
+    this:
 
         ```py
         >>> loss.backward()
@@ -39,10 +46,14 @@ def advance(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], adapte
         >>> optimizer.zero_grad()
         ```
 
+    A layer that has not changed by the end of the pre-launch (an expert that saw no token) has no task-specific
+    directions, and goes on without. Where none has, as with a learning rate of 0, the transition waits for the first
+    step that changes any; both are said in a warning.
+
     Args:
         model: The model with TSD adapters, wrapped (DDP, torch.compile, Accelerate) or not.
-        optimizer: The optimizer of the adapter's parameters, or all of them. LoRA-Init and LoRA-TSD clear its moments
-            of A and B at the transition; its schedule goes on.
+        optimizer: The optimizer of the adapter's parameters, wrapped or not, or all of them. LoRA-Init and LoRA-TSD
+            clear its moments of A and B at the transition; its schedule goes on.
         adapter_name: The adapter trained; every active, trainable adapter by default.
 
     Returns:
@@ -50,7 +61,7 @@ def advance(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], adapte
 
     Raises:
         ValueError: The model has no trainable TSD adapter, or one without a pre-launch whose directions have not been
-            identified from gradients.
+            identified from gradients; or adapters are merged.
         TransitionError: At the transition, the optimizer does not hold A and B, or a layer's ΔW or weight holds NaN or
             Inf (which a check of an automatic pre-launch may find before). Nothing but the step count is changed then.
     """
@@ -60,6 +71,7 @@ def advance(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], adapte
         layers = adapted_layers(model, adapter)
         if not layers:
             raise ValueError(f"The model has no TSD layer with an adapter {adapter!r}.")
+        check_unmerged(layers, adapter)
         waiting = phase_of(layers, adapter) == "pre-launch"
         config = config_of(layers, adapter)
         if waiting and config.needs_gradients and steps_taken(layers, adapter) >= config.longest_prelaunch:
@@ -69,11 +81,15 @@ def advance(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], adapte
                 f"identify_from_gradients(model, batches, optimizer) {where}, or give it "
                 + ("a pre-launch." if config.direction_source == "weight" else "direction_source='weight'.")
             )
+        if not counts_now(any_layer(layers), adapter, optimizer):
+            continue
         with torch.no_grad():
             torch._foreach_add_([layer.fixed(adapter).step for layer in layers.values()], 1)
         if waiting and not config.needs_gradients and prelaunch_is_over(layers, adapter):
-            transition(layers, adapter, optimizer)
-            moved = True
+            if transition(layers, adapter, optimizer):
+                moved = True
+            else:
+                _say_it_waits(layers, adapter)
     return moved
 
 
@@ -99,7 +115,8 @@ def identify_from_gradients(
 
     Call it before the first step (with directions of the gradient: after `prelaunch_steps`), on every process, with as
     many batches of its own: all find the directions of the mean. No weight is written to and no `.grad` left, and
-    training goes on as it would have: modes and random number generators are put back.
+    training goes on as it would have: modes and random number generators are put back. A layer whose gradient
+    is zero has no directions, and goes on without.
 
     Args:
         model: The model with TSD adapters, wrapped (DDP, torch.compile, Accelerate) or not.
@@ -112,8 +129,8 @@ def identify_from_gradients(
             layer each), with a pass over the batches for each group.
 
     Raises:
-        ValueError: There is no such adapter, no batch, no loss, or no gradient in any layer; or the directions have
-            been identified before.
+        ValueError: There is no such adapter, no batch, no loss, or no gradient but zero in any layer; or the
+            directions have been identified before.
         TransitionError: As `advance`.
     """
     batches = list(batches)
@@ -126,13 +143,45 @@ def identify_from_gradients(
         layers = adapted_layers(bare, adapter)
         if not layers:
             raise ValueError(f"The model has no TSD layer with an adapter {adapter!r}.")
+        check_unmerged(layers, adapter)
         if phase_of(layers, adapter) == "dash":
             raise ValueError(f"The directions of adapter {adapter!r} have been identified before.")
         if config_of(layers, adapter).direction_source == "gradient":
             find = partial(along_gradients, bare, batches, loss)
         else:
             find = partial(_from_gradients, bare, batches, loss, memory_gib * 2**30)
-        transition(layers, adapter, optimizer, find)
+        if not transition(layers, adapter, optimizer, find):
+            raise ValueError(
+                f"No gradient but zero reached {next(iter(layers))!r} or any of {len(layers)} layers: give a loss "
+                "that depends on them, and batches whose labels are not all ignored; where activations are "
+                "checkpointed with use_reentrant=True, call model.enable_input_require_grads() before."
+            )
+
+
+def check_unmerged(layers: Mapping[str, DirectedLayer], adapter: str) -> None:
+    """Refuse to train while adapters are merged.
+
+    Raises:
+        ValueError: They are.
+    """
+    merged = [layer for layer in layers.values() if layer.merged]
+    try:
+        for layer in merged:
+            layer.check_unmerged()
+    except ValueError as error:
+        raise ValueError(f"Adapter {adapter!r} cannot be trained: {error}") from None
+
+
+def _say_it_waits(layers: Mapping[str, DirectedLayer], adapter: str) -> None:
+    first = any_layer(layers)
+    if first not in _waits and is_main_process():
+        log.warning(
+            "The pre-launch of adapter %r is over after %d steps, and no layer has changed: a learning rate of 0, or "
+            "no gradient. The directions are identified after the first step that changes any.",
+            adapter,
+            steps_taken(layers, adapter),
+        )
+    _waits.add(first)
 
 
 def _from_gradients(
@@ -142,9 +191,9 @@ def _from_gradients(
     memory: float,
     layers: Mapping[str, DirectedLayer],
     adapter: str,
-) -> dict[str, Identified]:
+) -> dict[str, Identified | None]:
     """The directions of every layer from the gradient of its frozen weight."""
-    found: dict[str, Identified] = {}
+    found: dict[str, Identified | None] = {}
     for group in weight_gradients(model, layers, batches, loss, memory):
         found |= identified({name: layers[name] for name in group}, adapter, group.pop)
     return {name: found[name] for name in layers}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from ..directions.chance import over_chance, spread
-from ..directions.change import LowRank
+from ..directions.change import LowRank, is_no_change
 from ..distributed.sharded import is_main_process
 from ..distributed.sharing import share_out
 from ..errors import in_layer
@@ -19,9 +20,13 @@ from ..tuner.phase import config_of
 from .moments import forget, owners_of
 from .prelaunch import held_spectrum, release
 
+log = logging.getLogger(__name__)
 
-def from_lora(layers: Mapping[str, DirectedLayer], adapter: str) -> dict[str, Identified]:
-    """The directions of every layer from what its LoRA has learned."""
+
+def from_lora(layers: Mapping[str, DirectedLayer], adapter: str) -> dict[str, Identified | None]:
+    """The directions of every layer from what its LoRA has learned; none, without a look at weights, from nothing."""
+    if all(is_no_change(in_layer(name, layer.learned_change, adapter)) for name, layer in layers.items()):
+        return dict.fromkeys(layers)
     with tqdm(total=len(layers), desc="Identifying directions", unit="layer", disable=not is_main_process()) as bar:
         return identified(layers, adapter, lambda name: layers[name].learned_change(adapter), bar.update)
 
@@ -31,13 +36,13 @@ def identified(
     adapter: str,
     change_of: Callable[[str], Tensor | LowRank],
     on_turn: Callable[[int], object] = lambda done: None,
-) -> dict[str, Identified]:
-    """The directions of every layer, each found by one process and known to all."""
+) -> dict[str, Identified | None]:
+    """The directions of every layer, each found by one process and known to all; None for one without a change."""
 
     def read(name: str, owner: int) -> tuple[Tensor | None, Tensor | LowRank]:
         return in_layer(name, lambda _: (layers[name].weight_in(owner), change_of(name)), adapter)
 
-    def work(name: str, given: tuple[Tensor | None, Tensor | LowRank]) -> Identified:
+    def work(name: str, given: tuple[Tensor | None, Tensor | LowRank]) -> Identified | None:
         weight, change = given
         layer = layers[name]
         return in_layer(
@@ -51,9 +56,11 @@ def transition(
     layers: Mapping[str, DirectedLayer],
     adapter: str,
     optimizer: Optimizer | Sequence[Optimizer] | None,
-    identify: Callable[[Mapping[str, DirectedLayer], str], dict[str, Identified]] = from_lora,
-) -> None:
+    identify: Callable[[Mapping[str, DirectedLayer], str], dict[str, Identified | None]] = from_lora,
+) -> bool:
     """Identify the directions of every layer and write them in; restart A and B where the method says so.
+
+    A layer that has not changed is left out: it goes on as it is, without directions.
 
     Args:
         layers: All layers of the adapter.
@@ -61,25 +68,51 @@ def transition(
         optimizer: Forgets the moments of what restarts; None where it has none yet.
         identify: Finds what to write, and writes nothing.
 
+    Returns:
+        Whether it was made; it was not where no layer has changed.
+
     Raises:
         TransitionError: As `advance`; nothing has been written then.
     """
     config = config_of(layers, adapter)
-    # What is frozen (LoRA-FA's A) starts anew too, and no optimizer has to know of it.
-    restarted = [p for layer in layers.values() for p in layer.restarted(adapter) if p.requires_grad]
-    owners = [] if optimizer is None else owners_of(restarted, optimizer)
+    if optimizer is not None:  # before anything is done that takes long
+        owners_of(_restarted(layers, adapter), optimizer)
     for name, layer in layers.items():
         in_layer(name, layer.check_identifiable, adapter)
     try:
-        found = identify(layers, adapter)
+        seen = identify(layers, adapter)
     finally:
         release(layers)
+    found = {name: one for name, one in seen.items() if one is not None}
+    if not found:
+        return False
     if config.direction_budget == "global":
         slots = config.direction_slots
         scores = {name: over_chance(one.chosen.rates[:slots], one.chance) for name, one in found.items()}
         counts = spread(scores, config.num_directions * len(layers))
         found = {name: one.limited_to(counts[name]) for name, one in found.items()}
     for name, layer in layers.items():
-        layer.fill(adapter, found[name])
-    for parameter, owner in zip(restarted, owners):
-        forget(owner, parameter)
+        if name in found:
+            layer.fill(adapter, found[name])
+        else:
+            layer.leave_out(adapter)
+    if optimizer is not None:
+        restarted = _restarted({name: layers[name] for name in found}, adapter)
+        for parameter, owner in zip(restarted, owners_of(restarted, optimizer)):
+            forget(owner, parameter)
+    left_out = [name for name in layers if name not in found]
+    if left_out and is_main_process():
+        log.warning(
+            "Adapter %r: %d of %d layers have not changed, and so have no task-specific directions; they go on "
+            "without (experts that saw no token, or layers that no gradient reaches): %s",
+            adapter,
+            len(left_out),
+            len(layers),
+            ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else ""),
+        )
+    return True
+
+
+def _restarted(layers: Mapping[str, DirectedLayer], adapter: str) -> list[nn.Parameter]:
+    # What is frozen (LoRA-FA's A) starts anew too, and no optimizer has to know of it.
+    return [p for layer in layers.values() for p in layer.restarted(adapter) if p.requires_grad]

@@ -99,6 +99,7 @@ def check_weights(path: Path, config: PeftConfig) -> None:
     check_sum(path)
     shapes: dict[str, tuple[int, ...]] = {}
     whole_numbers: dict[str, Tensor] = {}
+    filled: set[str] = set()
     with told(path, "is damaged or not an adapter"), safe_open(path, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118  (not a dict)
             if not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key) or re.search(r"(^|\.)__", key):
@@ -107,6 +108,8 @@ def check_weights(path: Path, config: PeftConfig) -> None:
             shapes[key] = tuple(tensor.shape)
             if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
                 raise ValueError(f"its {key} holds NaN or Inf")
+            if key.endswith(".lora_directions.u") and tensor.any():
+                filled.add(key.removesuffix(".lora_directions.u"))
             if tensor.dtype == torch.int64 and ".lora_directions." in key:
                 whole_numbers[key] = tensor
             elif not tensor.is_floating_point() and ".lora_" in key:
@@ -116,7 +119,7 @@ def check_weights(path: Path, config: PeftConfig) -> None:
         _check_ranks(config, shapes)
         if isinstance(config, TsdConfig):
             _check_layers(config, shapes, whole_numbers.keys())
-            _check_state(shapes, whole_numbers)
+            _check_state(shapes, whole_numbers, filled)
 
 
 def check_fits(folder: str | os.PathLike[str], model: nn.Module, adapter_name: str) -> None:
@@ -234,10 +237,12 @@ def _kind(part: tuple[tuple[int, ...], bool]) -> str:
     return f"of shape {part[0]}" + (" in whole numbers" if part[1] else "")
 
 
-def _check_state(shapes: dict[str, tuple[int, ...]], whole_numbers: dict[str, Tensor]) -> None:
-    """Refuse step counts and positions in the spectrum that no training leaves."""
+def _check_state(
+    shapes: dict[str, tuple[int, ...]], whole_numbers: dict[str, Tensor], filled: Collection[str]
+) -> None:
+    """Refuse step counts and positions in the spectrum that no training leaves; `filled` are the layers with a U."""
     seen: dict[str, str] = {}
-    for key, tensor in whole_numbers.items():
+    for key, tensor in sorted(whole_numbers.items(), key=lambda one: one[0].endswith(".indices")):
         layer, _, part = key.partition(".lora_directions.")
         if part == "step":
             sound, name, state = int(tensor[0]) >= 0, "step", str(int(tensor[0]))
@@ -247,10 +252,15 @@ def _check_state(shapes: dict[str, tuple[int, ...]], whole_numbers: dict[str, Te
             in_spectrum = all(index < min(b[0], math.prod(a[1:])) for index in chosen)
             # Those chosen come first, each of them once; the rest is -1.
             first = tensor.tolist() == chosen + [-1] * (len(tensor) - len(chosen)) and len(set(chosen)) == len(chosen)
-            sound, name, state = in_spectrum and first, "phase", "dash" if chosen else "pre-launch"
+            # A layer that had not changed at the transition has none.
+            fits = int(whole_numbers[f"{layer}.lora_directions.identified_at"]) >= 0 if chosen else layer not in filled
+            sound = in_spectrum and first and fits
+            name, state = "", ""
+        elif part == "identified_at":
+            sound, name, state = int(tensor) >= -1, "phase", "dash" if int(tensor) >= 0 else "pre-launch"
         else:
             continue
         if not sound:
             raise ValueError(f"its {key} holds {short(tensor.tolist())}")
-        if seen.setdefault(name, state) != state:
+        if name and seen.setdefault(name, state) != state:
             raise ValueError(f"its layers differ in their {name}: {seen[name]} and {state}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..directions.chance import chance_rate
-from ..directions.change import LowRank, change_norm, check_change, check_matrix
+from ..directions.change import LowRank, change_norm, check_change, check_matrix, is_no_change
 from ..directions.definitions import TaskSpecificDirections, directions_on, ranked, rates_on
 from ..directions.sketch import Triples
 from ..directions.spectrum import Spectrum
@@ -22,6 +22,9 @@ from ..models.matrix import as_matrix, as_stored, is_transposed, matrix_shape
 from ..models.packed import is_quantized
 from .held import DashScalars, FixedDirections
 from .settings import DirectionSettings
+
+ROUNDING = 1e-12
+"""A coordinate of ΔW that is this small a part of its norm is rounding, and says nothing of its direction."""
 
 
 class Identified(NamedTuple):
@@ -229,8 +232,11 @@ class DirectedLayer(_Mixin):
         change: Tensor | LowRank | None = None,
         spectrum: Spectrum | None = None,
         weight: Tensor | None = None,
-    ) -> Identified:
+    ) -> Identified | None:
         """Find the task-specific directions of this layer; writes nothing.
+
+        Only directions that changed are chosen, which may be fewer than asked for. A layer that did not change at all
+        has none: None is found.
 
         Args:
             adapter: Name of the adapter.
@@ -246,12 +252,17 @@ class DirectedLayer(_Mixin):
         weight = self.weight_matrix() if weight is None else weight
         change = self.learned_change(adapter) if change is None else change
         check_change(weight, change)
+        if is_no_change(change):
+            return None
         spectrum = spectrum or Spectrum(weight)
         rates = rates_on(spectrum, change, config.eps)
         # Another one for each layer and run, and the same in every process.
         learned = change if isinstance(change, Tensor) else change[1]
         seed = zlib.crc32(learned.float().cpu().numpy().tobytes())
         order = ranked(rates, spectrum.sigma + config.eps, config.selection, seed)
+        if config.selection == "tsd":
+            # The order of those beyond is that of the sort, or of float64's rounding.
+            order = order[(rates * (spectrum.sigma + config.eps) > ROUNDING * change_norm(change))[order]]
         chosen = directions_on(spectrum, rates, order[: len(fixed.indices)], like=weight)
         chance = 0.0
         if config.direction_budget == "global":
@@ -278,7 +289,7 @@ class DirectedLayer(_Mixin):
         """Write what `identify` found: from here on the directions are part of the layer."""
         fixed = self.fixed(adapter)
         chosen = found.chosen
-        # Fewer than asked for where the weight has fewer; the rest stays as it is.
+        # Fewer than asked for where fewer directions changed; the rest stays as it is.
         pairs = [(fixed.u, chosen.u), (fixed.v, chosen.v.mT), (fixed.unit, found.unit)]
         for held, value in (*pairs, (fixed.rates, chosen.rates), (fixed.sigma, chosen.sigma)):
             if held is not None and value is not None:
@@ -286,12 +297,47 @@ class DirectedLayer(_Mixin):
         fixed.identified_at.copy_(fixed.step)
         fixed.indices.copy_(_padded(chosen.indices, fixed.indices.shape, -1))
 
+    @torch.no_grad()
+    def leave_out(self, adapter: str) -> None:
+        """Pre-launch is over, and this layer goes on as it is, without directions: it has not changed."""
+        fixed = self.fixed(adapter)
+        fixed.identified_at.copy_(fixed.step)
+
+    def check_unmerged(self, adapter: str | None = None) -> None:
+        """Refuse to change what is merged: an unmerge would take another change out of the base weight.
+
+        Args:
+            adapter: The adapter that would change; any by default, as where the base weight is read.
+
+        Raises:
+            ValueError: It is merged.
+        """
+        if adapter in self.merged_adapters or (adapter is None and self.merged):
+            raise ValueError(
+                f"its adapters {self.merged_adapters} are merged into the base weight; call unmerge_adapter() first."
+            )
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.check_unmerged(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if any(
+            f".{adapter}." in f"{key}."
+            for key in state_dict
+            if key.startswith(prefix)
+            for adapter in self.merged_adapters
+        ):
+            self.check_unmerged()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def check_layout(self, adapter: str) -> None:
         """Refuse a layer whose weight cannot be read, without a look at its numbers.
 
         Raises:
-            ValueError: It is not in memory, or flattened.
+            ValueError: An adapter is merged into it; or it is not in memory, or flattened.
         """
+        self.check_unmerged()
         if self.weight_device.type == "meta":
             raise ValueError(
                 "its base weight is offloaded (on the meta device); keep the weights of adapted layers in memory."

@@ -33,8 +33,8 @@ class FixedDirections(nn.Module):
         step: Optimizer steps taken by this adapter, int64, shape (1,).
         identified_at: How many they were when the directions were identified; -1 before; int64, shape (1,).
         indices: Positions in the spectrum, highest rate first; int64, shape (m,), with m the larger of r and the slots
-            of the dash as the method uses them. -1 before identification, and where the weight has fewer. Of a global
-            budget the layer may have got only the first few.
+            of the dash as the method uses them. -1 before identification, and where fewer directions changed: all of
+            them in a layer that did not change. Of a global budget the layer may have got only the first few.
         rates, sigma: Change rates and singular values of those, shape (m,).
         unit: What Δσ is measured in, shape (slots,); None where it is 1.
         u, v: Directions of the dash, shapes (out, slots) and (slots, in), zero where there is none; None for
@@ -95,8 +95,8 @@ class FixedDirections(nn.Module):
 
     @property
     def identified(self) -> bool:
-        """Whether the directions have been chosen: pre-launch is over."""
-        return bool(self.indices[0] >= 0)
+        """Whether the transition has been made: pre-launch is over."""
+        return bool(self.identified_at >= 0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FixedDirections:
         # PEFT moves a layer's parts to its device, but for those on the meta device, which have yet to be read from a

@@ -55,6 +55,7 @@ class TsdLayer(DirectedLayer, LoraLayer):
             self.lora_dash = nn.ModuleDict()
             self.lora_directions = nn.ModuleDict()
             self.tsd_config: dict[str, TsdConfig] = {}
+        self.check_unmerged(adapter_name)
         out_size, in_size = self.matrix_shape
         if config.starts_from_directions and r > min(out_size, in_size):
             raise ValueError(
@@ -88,6 +89,7 @@ class TsdLayer(DirectedLayer, LoraLayer):
         with _copy_of_weight(base) if config.subtracts_init else nullcontext():
             super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         if config.subtracts_init:
+            self._let_learn(adapter_name)
             self._fix_start(adapter_name)
 
     def carries(self, adapter: str) -> bool:
@@ -219,6 +221,23 @@ class TsdLayer(DirectedLayer, LoraLayer):
         if self._shared:
             (self.get_base_layer().weight,), self._shared = self._shared, ()
 
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """As PEFT's; refused while the adapter is merged."""
+        self.check_unmerged(adapter)
+        super().set_scale(adapter, scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """As PEFT's; refused while an adapter is merged."""
+        if scale != 1:
+            self.check_unmerged()
+        super().scale_layer(scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """As PEFT's; refused while an adapter is merged."""
+        if scale != 1:
+            self.check_unmerged()
+        super().unscale_layer(scale)
+
     def restarted(self, adapter: str) -> list[nn.Parameter]:
         if not self.tsd_config[adapter].starts_from_directions:
             return []
@@ -236,20 +255,35 @@ class TsdLayer(DirectedLayer, LoraLayer):
             return torch.cat([found, a[len(found) :]]), torch.zeros(shape_of(self.lora_B[adapter].weight)[0], r)
         u, sigma, v = chosen.u[:, :r], chosen.sigma[:r], chosen.v[:, :r]
         if config.init_reading == "svd":
+            # Where σ is nothing, A and B would both be zero, and so would be their gradients, for ever.
+            learns = sigma > config.eps
             root = (sigma / self.scaling[adapter]).sqrt()
-            return root[:, None] * v.mT, u * root
+            return torch.where(learns, root, 1)[:, None] * v.mT, u * torch.where(learns, root, 0)
         return v.mT, torch.zeros_like(u)
 
     @torch.no_grad()
     def fill(self, adapter: str, found: Identified) -> None:
         if found.start_a is not None and found.start_b is not None:
             a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-            write(a, found.start_a.view(shape_of(a)))
-            write(b, found.start_b.view(shape_of(b)))
+            start_a, start_b = whole(a).flatten(1).clone(), torch.zeros_like(whole(b).flatten(1))
+            # Where fewer than r directions changed, the other rows are A's own, and their B is zero.
+            start_a[: len(found.start_a)], start_b[:, : len(found.start_a)] = found.start_a, found.start_b
+            write(a, start_a.view(shape_of(a)))
+            write(b, start_b.view(shape_of(b)))
             if self.lora_bias[adapter]:
                 write(self.lora_B[adapter].bias, torch.zeros(()))
             self._fix_start(adapter)
         super().fill(adapter, found)
+
+    @torch.no_grad()
+    def _let_learn(self, adapter: str) -> None:
+        """Start those rows of A anew that would stay zero, as B does: those of PiSSA on a weight of zero."""
+        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        if a.numel() and not a.is_meta:
+            stuck = (
+                torch.maximum(a.flatten(1).norm(dim=1), b.flatten(1).norm(dim=0)) < self.settings(adapter).eps ** 0.5
+            )
+            a[stuck] = nn.init.kaiming_uniform_(torch.empty_like(a), a=math.sqrt(5))[stuck]
 
     @torch.no_grad()
     def _fix_start(self, adapter: str) -> None:
