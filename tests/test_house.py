@@ -97,6 +97,15 @@ def test_no_import_is_hidden_in_a_function(module: str) -> None:
                 assert names <= OPTIONAL, f"{module}, line {node.lineno}: {names - OPTIONAL}"
 
 
-@pytest.mark.parametrize("path", [p for p in ROOT.rglob("*") if p.suffix in {".py", ".js", ".css", ".html"}], ids=str)
+@pytest.mark.parametrize(
+    "path",
+    [
+        p
+        for root in (ROOT, Path(__file__).parent)
+        for p in root.rglob("*")
+        if p.suffix in {".py", ".js", ".css", ".html"}
+    ],
+    ids=str,
+)
 def test_no_file_is_long(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST

@@ -1,9 +1,6 @@
-"""`DashConfig`: directions beside another method, as users meet them. test_dash_methods.py has every method."""
+"""Directions beside another method: the arithmetic, training and export. test_methods.py has every method."""
 
 import copy
-import io
-import json
-import warnings
 
 import pytest
 import torch
@@ -11,114 +8,20 @@ from peft import (
     AdaLoraConfig,
     AdamssConfig,
     LoHaConfig,
-    LoKrConfig,
     LoraConfig,
     OFTConfig,
-    PeftConfig,
     PeftModel,
-    PromptTuningConfig,
-    VeraConfig,
     convert_to_lora,
     get_peft_model,
-    inject_adapter_in_model,
 )
 from torch import nn
 
-from peft_tsd import DashConfig, DashModel, PrelaunchWarning, TsdConfig, advance, export_lora
+from peft_tsd import advance, export_lora
 from peft_tsd.tuner.phase import adapted_layers
 from support import reference, tiny
+from support.dash import config, logits, trained
 from support.layers import LAYERS, One
 from support.trainers import losses, trainer
-
-
-def config(inner: PeftConfig | None = None, **changes) -> DashConfig:
-    settings = {"prelaunch_steps": 3, "num_directions": 5, "dash_lr_ratio": 20.0}
-    return DashConfig(peft=inner or LoHaConfig(r=3, alpha=5, target_modules=tiny.LLAMA_TARGETS), **settings | changes)
-
-
-def trained(inner: PeftConfig | None = None, steps: int = 6, base=None, **changes):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = get_peft_model(base or tiny.llama(), config(inner, **changes))
-    tiny.train(model, steps)
-    return model.eval()
-
-
-def logits(model, ids=None) -> torch.Tensor:
-    with torch.no_grad():
-        return model(tiny.tokens() if ids is None else ids).logits
-
-
-# The configuration
-
-
-def test_the_saved_file_holds_both_configurations(tmp_path):
-    inner = LoHaConfig(r=3, target_modules={"v_proj", "q_proj"}, task_type="CAUSAL_LM")
-    config(inner, eps=1e-5).save_pretrained(tmp_path)
-    written = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert written["peft_type"] == "DASH_LOHA"
-    assert written["task_type"] == "CAUSAL_LM"
-    assert written["num_directions"] == 5
-    assert written["peft"]["peft_type"] == "LOHA"
-    assert written["peft"]["target_modules"] == ["q_proj", "v_proj"]
-    read = PeftConfig.from_pretrained(str(tmp_path))
-    assert type(read) is DashConfig
-    assert type(read.peft) is LoHaConfig
-    assert (read.eps, read.r, read.target_modules) == (1e-5, 3, {"v_proj", "q_proj"})
-
-
-def test_fields_of_the_method_are_read_and_set_through_it():
-    mine = config()
-    assert mine.r == 3
-    mine.target_modules = {"q_proj"}
-    mine.inference_mode = True
-    assert mine.peft.target_modules == {"q_proj"}
-    assert mine.peft.inference_mode
-    assert copy.deepcopy(mine) == mine
-    with pytest.raises(AttributeError, match="nonsense"):
-        mine.nonsense  # noqa: B018
-    # OFT has an eps of its own.
-    oft = get_peft_model(
-        tiny.llama(), config(OFTConfig(oft_block_size=8, coft=True, eps=0.25, target_modules=["q_proj"]))
-    )
-    assert next(m for n, m in oft.named_modules() if n.endswith("oft_R.default")).eps == 0.25
-    assert oft.peft_config["default"].eps == 1e-6
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"peft": None}, r"peft must be the configuration of a PEFT method, such as LoHaConfig\(...\); got None"),
-        (
-            {"peft": PromptTuningConfig()},
-            "PromptTuningConfig cannot be given directions: it changes what",
-        ),
-        ({"peft": TsdConfig()}, "TsdConfig cannot be given directions: it is not one of PEFT's own methods"),
-        ({"peft": LoraConfig(init_lora_weights="pissa")}, r"TsdConfig\(method='lora-dash', init_lora_weights=...\)"),
-        ({"peft": LoraConfig(alora_invocation_tokens=[1])}, r"with alora_invocation_tokens=\[1\], an activated LoRA"),
-        ({"prelaunch_steps": -1}, "prelaunch_steps must be the number"),
-        (
-            {"num_directions": 2.5},
-            "num_directions must be a positive integer, the .*; got 2.5",
-        ),
-        ({"dash_lr_ratio": -1}, "dash_lr_ratio must be a positive, finite number"),
-        ({"eps": 0}, "eps must be a positive, finite number"),
-        ({"selection": "tds"}, "Did you mean 'tsd'"),
-        ({"dash_unit": "x"}, "dash_unit must be one of one, sigma, layer"),
-    ],
-)
-def test_what_is_refused(changes, message):
-    with pytest.raises(ValueError, match=message) as raised:
-        DashConfig(**{"peft": LoHaConfig(), **changes})
-    assert "\n" not in str(raised.value)
-
-
-def test_layers_without_directions_are_refused():
-    inner = LoHaConfig(target_modules=["layer"])
-    for layer, kind in ((nn.Conv1d(4, 4, 1), "of type Conv1d"), (nn.Conv2d(4, 4, 3, groups=2), "in 2 groups")):
-        with pytest.raises(ValueError, match=f"layer cannot be given directions: it is .*{kind}.*exclude_modules"):
-            get_peft_model(One(layer), config(inner))
-
 
 # The arithmetic
 
@@ -308,111 +211,6 @@ def test_compiled_with_one_graph_over_the_transition():
         with torch._dynamo.config.patch(error_on_recompile=True):
             runs.append(tiny.train(wrapped, 6))
     torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-6)
-
-
-# What PEFT and transformers offer on a model
-
-
-def test_several_adapters():
-    model = get_peft_model(tiny.llama(), config(), adapter_name="one")
-    assert isinstance(model.base_model, DashModel)
-    model.add_adapter("two", config(LoHaConfig(r=2, target_modules=["q_proj", "up_proj"])))
-    tiny.train(model, 6)
-    one = logits(model.eval())
-    model.set_adapter("two")
-    assert (model.phase("one"), model.phase("two")) == ("dash", "pre-launch")
-    assert torch.equal(logits(model), logits(tiny.llama()))
-    tiny.train(model, 6)
-    assert set(model.directions("one")) != set(model.directions("two"))
-    model.eval().set_adapter("one")
-    assert torch.equal(logits(model), one)
-    model.base_model.set_adapter(["one", "two"])
-    both = logits(model)
-    assert not torch.allclose(both, one)
-    torch.testing.assert_close(
-        logits(copy.deepcopy(model).merge_and_unload(adapter_names=["one", "two"])), both, rtol=1e-4, atol=1e-5
-    )
-    model.delete_adapter("two")
-    assert torch.equal(logits(model), one)
-    layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    assert set(layer.dash_scalars) == set(layer.dash_directions) == set(layer.dash_config) == {"one"}
-    with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
-        model.add_adapter("three", config(LoKrConfig(r=2, target_modules=["q_proj"])))
-    with pytest.raises(NotImplementedError, match="export_lora"):
-        model.add_weighted_adapter(["one"], [1.0], "sum")
-
-
-def test_rows_of_one_batch_may_use_different_adapters():
-    inner = {"r": 3, "target_modules": tiny.LLAMA_TARGETS}
-    model = get_peft_model(tiny.llama(), config(LoraConfig(**inner)), adapter_name="one")
-    tiny.train(model, 6)
-    ids = tiny.tokens(3)
-    expected = logits(model.eval(), ids)
-    with torch.no_grad():
-        mixed = model(ids, adapter_names=["one", "__base__", "one"]).logits
-    expected[1] = logits(tiny.llama(), ids)[1]
-    torch.testing.assert_close(mixed, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_injection_into_a_model_without_a_tuner():
-    model = inject_adapter_in_model(config(), tiny.llama())
-    tiny.train(model, 6)
-    assert {layer.fixed("default").identified for layer in adapted_layers(model, "default").values()} == {True}
-    for inner in (VeraConfig(r=2, target_modules=["q_proj"]), AdaLoraConfig(target_modules=["q_proj"], total_step=9)):
-        with pytest.raises(ValueError, match="because it uses shared state"):
-            inject_adapter_in_model(config(inner), tiny.llama())
-    plain = inject_adapter_in_model(LoHaConfig(target_modules=["q_proj"]), tiny.llama())
-    with pytest.raises(ValueError, match=r"q_proj already carries adapters of type peft.tuners.loha.layer.Linear"):
-        inject_adapter_in_model(config(), plain, adapter_name="two")
-
-
-def test_a_classifier_keeps_its_head(tmp_path):
-    model = get_peft_model(tiny.bert(), config(LoKrConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")))
-    ids = tiny.tokens(6)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(4):
-        model(ids, labels=torch.tensor([0, 1, 2, 0, 1, 2])).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        advance(model, optimizer)
-    model.eval().save_pretrained(tmp_path)
-    export_lora(model, tmp_path / "lora")
-    for folder in (tmp_path, tmp_path / "lora"):
-        other = tiny.bert()
-        nn.init.normal_(other.classifier.weight)
-        torch.testing.assert_close(logits(PeftModel.from_pretrained(other, folder), ids), logits(model, ids))
-
-
-def test_copies_and_pickles():
-    model = trained()
-    for other in (copy.deepcopy(model), torch.load(_saved(model), weights_only=False)):
-        assert type(other.base_model) is type(model.base_model)
-        assert torch.equal(logits(other), logits(model))
-
-
-def _saved(model) -> io.BytesIO:
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return buffer
-
-
-def test_a_broken_adapter_is_not_merged_safely():
-    model = trained()
-    layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    before = layer.get_base_layer().weight.clone()
-    layer.dash_scalars["default"].weight.data[0] = torch.inf
-    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
-        layer.merge(safe_merge=True)
-    assert torch.equal(layer.get_base_layer().weight, before)
-    assert not layer.merged
-
-
-def test_saving_in_pre_launch_says_so(tmp_path):
-    with pytest.warns(PrelaunchWarning, match=r"'default' \(LOHA with directions\) is saved while still"):
-        trained(steps=1).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="path_initial_model_for_weight_conversion is not for adapters"):
-        trained().save_pretrained(tmp_path, path_initial_model_for_weight_conversion=str(tmp_path / "b"))
 
 
 # Export

@@ -171,6 +171,7 @@ def test_rendering_again_gives_the_same_page(comparison):
     assert render(comparison.subjects, {}, settings) == render(comparison.subjects, {}, settings)
 
 
+@pytest.mark.long
 def test_from_the_command_line(place, tmp_path, monkeypatch, capsys):
     """Methods trained alike and shown on one page; stopped, the same command continues."""
     monkeypatch.chdir(tmp_path)

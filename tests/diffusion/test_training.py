@@ -75,7 +75,7 @@ def interrupt_at(monkeypatch, start: str, number: int = signal.SIGINT) -> None:
     monkeypatch.setattr(training, "file_only", watched)
 
 
-@pytest.mark.parametrize("family", tiny_diffusion.FAMILIES)
+@pytest.mark.parametrize("family", ["sd15", pytest.param("sdxl", marks=pytest.mark.long), "sd3"])
 def test_a_run_learns_and_leaves_everything(place, family):
     """On real photos where they are, and on painted ones elsewhere."""
     real = tiny_diffusion.PHOTOS / "backpack"
@@ -130,6 +130,7 @@ def test_the_short_names_of_the_command_line(place, models, capsys):
     assert json.loads((place / "run" / "metrics.json").read_text())["left_out"] == ["notes.txt"]
 
 
+@pytest.mark.long
 def test_a_stopped_run_continues_to_the_same_bits(place, monkeypatch):
     """Stopped in pre-launch, at the transition and after it; by Ctrl-C and by SIGTERM."""
     options = {
@@ -165,6 +166,7 @@ def test_an_automatic_pre_launch_continues_too(place, monkeypatch):
     assert_same_result(whole, RunFolder(place / "stopped"))
 
 
+@pytest.mark.long
 def test_a_run_with_text_encoders_continues_too(place, monkeypatch):
     recipe = tiny_diffusion.write_recipe(place, text_encoders={"train": True, "learning_rate": 1e-4})
     result = run(recipe)
@@ -178,6 +180,7 @@ def test_a_run_with_text_encoders_continues_too(place, monkeypatch):
     assert_same_result(result.folder, again.folder)
 
 
+@pytest.mark.long
 def test_stopped_while_it_draws(place, monkeypatch):
     """Among the class's images, and among the validation's: what was drawn before is kept."""
     recipe = tiny_diffusion.write_recipe(place, prior={"prompt": "a photo of a block", "num_images": 3})

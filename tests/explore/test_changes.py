@@ -42,8 +42,8 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
-from peft_tsd import DashConfig, InputError
-from peft_tsd.explore import explore
+from peft_tsd import DashConfig
+from peft_tsd.explore import ExploreError, explore
 from peft_tsd.explore.weights import Checkpoint
 from support import reference, text_models, tiny
 
@@ -175,7 +175,7 @@ def test_directions_beside_another_method(tmp_path):
 
 
 def refusal(*arguments, **options) -> str:
-    with pytest.raises(InputError) as raised:
+    with pytest.raises(ExploreError) as raised:
         explore(*arguments, **options)
     [line] = str(raised.value).splitlines()
     return line

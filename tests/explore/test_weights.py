@@ -12,7 +12,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from peft_tsd import InputError
 from peft_tsd.explore import ExploreError, explore
 from peft_tsd.explore.skeleton import build, select
 from support import reference, text_models
@@ -37,7 +36,7 @@ def tuned(base, folder, model_class=AutoModelForCausalLM, only=None, **options):
 
 
 def refusal(*arguments, **options) -> str:
-    with pytest.raises(InputError) as raised:
+    with pytest.raises(ExploreError) as raised:
         explore(*map(str, arguments), **options)
     [line] = str(raised.value).splitlines()
     return line
@@ -256,6 +255,7 @@ print(len(found.weights), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - 
 """
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """120 MB of weights in shards, on either side; a layer and its factors take a few MB."""
     from transformers import LlamaConfig, LlamaForCausalLM

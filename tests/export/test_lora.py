@@ -71,6 +71,7 @@ def test_what_the_changes_are_measured_in_is_exported_with_them(unit, tmp_path):
         assert_same(outputs(PeftModel.from_pretrained(tiny.llama(), report.path)), outputs(model))
 
 
+@pytest.mark.long
 def test_it_loads_where_this_package_is_not_installed(tmp_path):
     trained = get_peft_model(tiny.llama(), tiny.config())
     tiny.train(trained, 6)

@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -13,6 +14,8 @@ from transformers import (
     QuantoConfig,
     TorchAoConfig,
 )
+
+from support import tiny
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -192,3 +195,24 @@ def dequantized_twin(model):
             module.weight.data = library_weight(model.get_submodule(name)).detach().float().clone()
             module.bias.data = model.get_submodule(name).bias.detach().float().clone()
     return twin
+
+
+def each(kinds):
+    """Parameters: but for two kinds, of two libraries, the tests of them are long ones."""
+    often = ("bnb-nf4", "torchao-int8")
+    return [kind if kind in often else pytest.param(kind, marks=pytest.mark.long) for kind in kinds]
+
+
+def adapted(model, method="lora-tsd", **changes):
+    torch.manual_seed(3)
+    return get_peft_model(model, tiny.config(method, **{"target_modules": TARGETS, **changes}))
+
+
+def layers_of(model):
+    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_directions")}
+
+
+def logits(model):
+    model.eval()
+    with torch.no_grad():
+        return model(tiny.tokens()).logits

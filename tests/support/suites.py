@@ -20,3 +20,11 @@ def boolq(count: int, start: int = 0) -> list[dict]:
         row = {"question": f"{'oh ' * (i % 4)}is {text_models.WORDS[i % 10]} {i}", "answer": i % 3 > 0}
         found.append(commonsense.from_boolq(row))
     return found
+
+
+def openbookqa(count: int, start: int = 0) -> list[dict]:
+    choices = {"text": ["one", "two", "three", "four"], "label": ["A", "B", "C", "D"]}
+    return [
+        commonsense.from_openbookqa({"question_stem": f"what is {i}", "choices": choices, "answerKey": "ABCD"[i % 4]})
+        for i in range(start, start + count)
+    ]

@@ -19,7 +19,7 @@ from ..models.finding import Source, locate
 from ..models.loading import load_config
 from ..tuner.checking import check_config
 from .changes import Changes, OfCheckpoint, open_adapter
-from .errors import ExploreError
+from .errors import ExploreError, explore_errors
 from .measure import check_settings, measure
 from .results import Exploration, WeightChange
 from .skeleton import Weight, build, select
@@ -91,6 +91,7 @@ def explore(
     )
 
 
+@explore_errors()
 def prepare(
     base: str,
     tuned: str | Sequence[str],

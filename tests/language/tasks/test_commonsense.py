@@ -3,22 +3,19 @@
 import json
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from peft_tsd.errors import RecipeError
 from peft_tsd.language import preparing, training
 from peft_tsd.language.evaluating import evaluate
 from peft_tsd.language.recipe import load_recipe
-from peft_tsd.language.sections import Data, Task
-from peft_tsd.language.tasks import commonsense, instructions
+from peft_tsd.language.sections import Data
+from peft_tsd.language.tasks import instructions
 from peft_tsd.language.tasks.commonsense import COMMONSENSE, READING, first_option
 from peft_tsd.language.tasks.instructions import load_suite
-from peft_tsd.language.tasks.likelihood import most_likely
-from peft_tsd.tasks import Example, Generation
+from peft_tsd.tasks import Example
 from support import text_models
 from support.places import DATA
-from support.suites import PROMPT, boolq, write_rows
+from support.suites import PROMPT, boolq, openbookqa, write_rows
 
 # How an answer is read
 
@@ -167,14 +164,6 @@ def test_from_the_hub(monkeypatch):
 # From a folder
 
 
-def openbookqa(count: int, start: int = 0) -> list[dict]:
-    choices = {"text": ["one", "two", "three", "four"], "label": ["A", "B", "C", "D"]}
-    return [
-        commonsense.from_openbookqa({"question_stem": f"what is {i}", "choices": choices, "answerKey": "ABCD"[i % 4]})
-        for i in range(start, start + count)
-    ]
-
-
 @pytest.fixture
 def folder(tmp_path):
     """Two tasks with training rows, and one with test rows alone."""
@@ -303,56 +292,6 @@ def test_nothing_is_loaded_or_written_before_the_data_are_read(folder, tmp_path,
         training.train(recipe)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
-
-
-# Scoring
-
-
-@pytest.mark.parametrize("shared", [0, 15])
-@pytest.mark.parametrize(
-    "make", [text_models.llama_folder, text_models.gpt2_folder, text_models.qwen2_folder, text_models.mistral_folder]
-)
-def test_the_likeliest_option_is_that_of_a_slow_reference(tmp_path, make, shared):
-    """Options that share a beginning or not, of one or more tokens, against one sequence at a time with all logits."""
-    model = AutoModelForCausalLM.from_pretrained(make(tmp_path / "model")).eval()
-    draw = torch.Generator().manual_seed(0)
-
-    def tokens(count: int) -> list[int]:
-        return torch.randint(2, 300, (count,), generator=draw).tolist()
-
-    beginning = tokens(shared)
-    prompts = [beginning + tokens(3 + i % 5) for i in range(14)]
-    options = []
-    for i in range(14):
-        alike = tokens(i % 3)
-        options.append([alike + tokens(1 if i % 2 else 1 + j) for j in range(2 + i % 3)])
-
-    expected = []
-    for prompt, texts in zip(prompts, options):
-        scores = []
-        for text in texts:
-            with torch.no_grad():
-                logits = model(torch.tensor([prompt + text])).logits[0].double().log_softmax(-1)
-            scores.append(sum(logits[len(prompt) + k - 1, token].item() for k, token in enumerate(text)))
-        expected.append(max(range(len(scores)), key=scores.__getitem__))
-    assert len(set(expected)) > 1
-    done: list[int] = []
-    for batch_size in (1, 4, 100):
-        assert most_likely(model, prompts, options, 0, batch_size, done.append) == expected
-    assert sum(done) == 3 * len(prompts)
-
-
-def test_scoring_by_likelihood_counts_right_options(tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(text_models.llama_folder(tmp_path / "model")).eval()
-    tokenizer = text_models.tokenizer()
-    task = Generation(Task(family="commonsense", scoring="likelihood"), READING)
-    prompts = [f"{row['instruction']}\n" for row in openbookqa(6)]
-    right = []
-    for option in ("answer1", "answer2", "answer3", "answer4"):
-        asked = [Example(prompt, option) for prompt in prompts]
-        right.append(task.score(model, tokenizer, asked, 4)["accuracy"])
-    # Every question has one likeliest option.
-    assert sum(right) == pytest.approx(1.0)
 
 
 # A run
