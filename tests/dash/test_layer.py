@@ -202,6 +202,7 @@ def test_in_bfloat16_and_under_autocast():
         assert ((logits(model).float() - expected.float()).norm() / expected.norm()).item() < 0.2
 
 
+@pytest.mark.long
 def test_compiled_with_one_graph_over_the_transition():
     runs = []
     for compiled in (False, True):

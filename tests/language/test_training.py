@@ -156,7 +156,7 @@ def test_ctrl_c_in_a_terminal(place):
     assert code == 130
     assert "Traceback" not in errors
     assert "peft-tsd train run/recipe.yaml resume=true" in errors
-    assert folder.last_complete()[1]["step"] == 10
+    assert folder.last_complete()[1]["step"] in (10, 11)
 
     run(folder.recipe, "resume=true")
     whole = run(recipe, f"output={place / 'whole'}").folder

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -89,6 +90,12 @@ def test_sigterm_ends_with_143_and_says_how_to_go_on(place, stopped, monkeypatch
     assert "resume=true" in capsys.readouterr().err
 
 
+def test_a_run_that_another_holds_is_refused(stopped):
+    with FileLock(stopped.parent / ".lock"):
+        assert "is being worked on by another process" in refused(stopped)
+
+
+@pytest.mark.long
 def test_two_processes_do_not_work_on_one_run(stopped):
     code = f"""
 import sys

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from peft_tsd import cli
 from support.places import ROOT
 
 PATIENCE = 1200.0
@@ -60,8 +61,6 @@ def main() -> int:
                 time.sleep(0.02)
 
     module.file_only = watched
-    from peft_tsd import cli
-
     return cli.main(arguments)
 
 
