@@ -121,7 +121,17 @@ class TsdLayer(DirectedLayer, LoraLayer):
         return b, a, self.scaling[adapter]
 
     def factors(self, adapter: str) -> Factors:
-        """The whole effective change, by its parts."""
+        """The whole effective change, by its parts.
+
+        Raises:
+            ValueError: Opacus is to take a gradient for each row, which it does where modules are called; A and B are
+                used without.
+        """
+        if self.training and hasattr(self.lora_A[adapter].weight, "_forward_counter"):
+            raise ValueError(
+                "Opacus' GradSampleModule takes no gradients of TSD layers, whose A and B are not called as modules: "
+                "take them with torch.func (vmap of grad), or train PEFT's own LoRA."
+            )
         fixed = self.fixed(adapter)
         a = self.lora_A[adapter].weight.flatten(1)
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 
 class Factors(NamedTuple):
@@ -63,7 +63,7 @@ def add_product(result: Tensor, x: Tensor, factors: Factors) -> Tensor:
     In training, the backward pass keeps what a plain LoRA keeps, x and A·x, and stacks the factors again; a compiler
     finds that out by itself.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not torch.is_grad_enabled() or is_looked_into():
         return _add_product(result, x, factors)[0]
     out: Tensor = _AddProduct.apply(result, x, None, None, *factors)  # type: ignore[no-untyped-call]
     return out
@@ -75,10 +75,23 @@ def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Fact
     The same as `add_product(F.linear(x, weight, bias), x, factors)`, but ΔW is added into the base's output, and its
     gradient into the base's gradient of x: no tensor of their size is made for the adapter.
     """
+    if is_looked_into():
+        return _add_product(F.linear(x, weight, bias), x, factors)[0]
     if not torch.is_grad_enabled():
         return _add_product(F.linear(x, weight, bias), x, factors, in_place=True)[0]
     out: Tensor = _AddProduct.apply(None, x, weight, bias, *factors)  # type: ignore[no-untyped-call]
     return out
+
+
+def is_looked_into() -> bool:
+    """Whether this is run by what takes gradients in ways of its own, or writes down what is done: a compiler, a tracer
+    (`torch.jit.trace`, ONNX), `torch.func` or forward-mode differentiation. They want operations they know."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._functorch.maybe_current_level() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def _add_product(result: Tensor, x: Tensor, factors: Factors, in_place: bool = False) -> tuple[Tensor, Tensor]:
@@ -95,6 +108,8 @@ class _AddProduct(torch.autograd.Function):
     gradient of the output, over all rows:
 
     ∂result = G,    ∂x = (G B') A' (+ G W),    ∂A = s·(G B)ᵀ x,    ∂B = Gᵀ (s·x Aᵀ),    ∂Δσ_j = u_jᵀ Gᵀ x v_j
+
+    They can be differentiated in turn (`create_graph=True`).
     """
 
     @staticmethod
@@ -116,13 +131,14 @@ class _AddProduct(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, of_a, *parts = ctx.saved_tensors
         factors = Factors(*parts)._replace(scaling=ctx.scaling)
         _, needs_x, _, _, needs_a, needs_b, _, needs_delta_sigma, *_ = ctx.needs_input_grad
         grad_x = grad_a = grad_b = grad_delta_sigma = None
         with ctx.autocast:
+            if torch.is_grad_enabled():  # what was kept of s·A·x does not know where it comes from
+                of_a = F.linear(x, factors.scaling * factors.a)
             g = _rows(gradient).to(of_a.dtype)
             along = g @ factors.up()
             if needs_a or needs_delta_sigma:
