@@ -84,11 +84,11 @@ def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Fact
 
 
 def is_looked_into() -> bool:
-    """Whether this is run by what takes gradients in ways of its own, or writes down what is done: a compiler, a tracer
-    (`torch.jit.trace`, ONNX), `torch.func` or forward-mode differentiation. They want operations they know."""
+    """Whether this is run by what takes gradients in ways of its own, or writes down what is done, and so wants
+    operations it knows: a compiler, a tracer (`torch.jit.trace`, ONNX), `torch.func`, forward-mode differentiation."""
     return (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
         or torch._C._functorch.maybe_current_level() is not None
         or forward_ad._current_level >= 0
     )
