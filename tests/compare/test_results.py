@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_tsd.compare.page import finding
 from peft_tsd.compare.plan import Cell
+from peft_tsd.compare.report import finding
 from peft_tsd.compare.results import CURVE_POINTS, failed_row, interval, summarize
 from peft_tsd.compare.tables import differences as by_task
 from peft_tsd.compare.tables import markdown, table

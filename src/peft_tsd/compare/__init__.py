@@ -1,6 +1,6 @@
 """Comparisons: does it beat LoRA on my task, at my budget?
 
-`plan` says which runs, `running` does them, `results` says what they came to, `tables` and `page` show it.
+`plan` says which runs, `running` does them, `results` says what they came to, `tables` and `report` show it.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ from ..errors import InputError
 from ..files.whole import write_text
 from ..language.preparing import check
 from ..runs.folder import RunFolder, locked
-from .page import check_installed, render
 from .plan import Cell, Plan
+from .report import check_installed, render
 from .results import Summary, failed_row, row_of, summarize
 from .running import Run, Stopped, finished, run_all
 from .tables import document

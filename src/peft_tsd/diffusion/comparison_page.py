@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..pages.shell import assemble
 from .similarity import DEFINITIONS
 from .subjects import Cell, Column, Subject
 
@@ -32,15 +33,15 @@ def render(subjects: Sequence[Subject], missing: Mapping[str, str], settings: Ma
     """
     page = files("peft_tsd.diffusion") / "page"
     methods = list(dict.fromkeys(column.label for subject in subjects for column in subject.columns))
-    return Template((page / "compare.html").read_text("utf-8")).substitute(
-        title=escape(f"{', '.join(subject.words for subject in subjects)}: {', '.join(methods)}"),
-        style=(page / "compare.css").read_text("utf-8"),
+    body = Template((page / "page.html").read_text("utf-8")).substitute(
         heading=escape(", ".join(subject.words for subject in subjects)),
         settings=escape(", ".join(f"{name} {value}" for name, value in settings.items())),
         subjects="\n".join(_subject(subject) for subject in subjects),
         overall=_overall(subjects),
         definitions="\n".join(_definition(name, missing) for name in DEFINITIONS),
     )
+    title = f"{', '.join(subject.words for subject in subjects)}: {', '.join(methods)}"
+    return assemble(title=title, style=(page / "page.css").read_text("utf-8"), body=body)
 
 
 def _subject(subject: Subject) -> str:

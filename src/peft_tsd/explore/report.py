@@ -8,15 +8,14 @@ float32. Names of models and weights are untrusted: they travel as JSON and beco
 from __future__ import annotations
 
 import base64
-import html
 from collections.abc import Sequence
 from importlib.resources import files
-from string import Template
 from typing import Any
 
 import numpy as np
 
-from ..pages.embedding import one_script, script_digest, script_json
+from ..pages.embedding import one_script
+from ..pages.shell import assemble
 from .results import HIGHEST, Agreement, Exploration, FloatArray, Overlap, summary
 from .views import histogram, kinds, layers, representative, tail
 
@@ -45,19 +44,17 @@ def render(
     except ImportError:
         raise ImportError("the report needs the package plotly: pip install 'peft-tsd[explore]'") from None
     page = files("peft_tsd.explore") / "page"
-    plotly = get_plotlyjs()
     script = one_script((page / f"{part}.js").read_text("utf-8") for part in PARTS)
-    return Template((page / "page.html").read_text("utf-8")).substitute(
-        title=html.escape(f"Task-specific directions of {', '.join(one.tuned for one in explorations)}"),
-        scripts=f"{script_digest(plotly)} {script_digest(script)}",
+    return assemble(
+        title=f"Task-specific directions of {', '.join(one.tuned for one in explorations)}",
         style=(page / "page.css").read_text("utf-8"),
+        body=(page / "page.html").read_text("utf-8"),
         data=_data(explorations, overlap, agreement),
-        plotly=plotly,
-        script=script,
+        scripts=(get_plotlyjs(), script),
     )
 
 
-def _data(explorations: Sequence[Exploration], overlap: Overlap | None, agreement: Agreement | None) -> str:
+def _data(explorations: Sequence[Exploration], overlap: Overlap | None, agreement: Agreement | None) -> dict[str, Any]:
     """What `state.js` reads: the summary, with what the page shows beyond it."""
     data = summary(explorations, overlap, agreement)
     arrays = _Arrays()
@@ -66,7 +63,7 @@ def _data(explorations: Sequence[Exploration], overlap: Overlap | None, agreemen
         for weight, row in zip(one.weights, model["weights"]):
             row["sigma"], row["rates"] = arrays.add(weight.sigma), arrays.add(weight.rates)
     data |= {"highest": HIGHEST, "arrays": arrays.texts}
-    return script_json(data)
+    return data
 
 
 def _model(one: Exploration, rows: list[dict[str, Any]]) -> dict[str, Any]:

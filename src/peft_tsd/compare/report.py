@@ -10,7 +10,7 @@ from string import Template
 from typing import Any
 
 from ..errors import InputError
-from ..pages.embedding import script_digest, script_json
+from ..pages.shell import assemble
 from .plan import METHODS, MORE_METHODS, Group, Plan
 from .results import Interval, Summary, group_of
 from .tables import cells, differences, held_out, legend
@@ -48,20 +48,22 @@ def render(
     """The text of the page."""
     from plotly.offline import get_plotlyjs
 
-    page = files("peft_tsd.compare") / "html"
+    page = files("peft_tsd.compare") / "page"
+    title = f"{plan.recipe}: {len(summaries)} settings compared"
     by_task = differences(summaries)
-    plotly, script = get_plotlyjs(), (page / "page.js").read_text("utf-8")
-    return Template((page / "page.html").read_text("utf-8")).substitute(
-        title=html.escape(f"{plan.recipe}: {len(summaries)} settings compared"),
-        scripts=f"{script_digest(plotly)} {script_digest(script)}",
-        style=(page / "page.css").read_text("utf-8"),
+    body = Template((page / "page.html").read_text("utf-8")).substitute(
+        title=html.escape(title),
         finding=html.escape(finding(summaries)),
         table="".join(_table(*one) for one in (cells(summaries), held_out(summaries), by_task) if one),
         legend=html.escape(legend(plan, rows, tuned)),
         command=html.escape(command),
-        data=script_json(_charts(plan, rows, tuned, summaries)),
-        plotly=plotly,
-        script=script,
+    )
+    return assemble(
+        title=title,
+        style=(page / "page.css").read_text("utf-8"),
+        body=body,
+        data=_charts(plan, rows, tuned, summaries),
+        scripts=(get_plotlyjs(), (page / "page.js").read_text("utf-8")),
     )
 
 

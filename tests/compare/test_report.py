@@ -3,7 +3,7 @@
 import pytest
 
 from peft_tsd.compare import make_plan
-from peft_tsd.compare.page import render
+from peft_tsd.compare.report import render
 from peft_tsd.compare.results import summarize
 from support.comparisons import row
 
