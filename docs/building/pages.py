@@ -1,4 +1,4 @@
-"""Pages of the site that lie outside docs/, where GitHub shows them: README files and examples.
+"""Pages of the site that lie outside docs/, where GitHub shows them: README files, examples, the change log.
 
 Links between them and docs/ are written as GitHub reads them, from the file they stand in. Here each file outside gets
 a page of its own, and a link is followed in the repository and written anew as the site has it. One to a file of the
@@ -25,7 +25,7 @@ LINK = re.compile(r"(?P<text>!?\[(?:[^\]\[]|\[[^\]]*\])*\])\((?P<path>[^)#:\s]+)
 
 def outside() -> dict[str, str]:
     """Pages outside docs/: the path of the file in the repository, and of its page in the site."""
-    pages = {"README.md": "index.md"}
+    pages = {"README.md": "index.md", **{name: name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")}}
     for path in sorted([*ROOT.glob("benchmarks/README.md"), *ROOT.glob("examples/*")]):
         name = path.relative_to(ROOT).as_posix()
         if path.suffix in {".md", ".py", ".ipynb"}:
