@@ -17,6 +17,7 @@ from ..tuner.phase import adapted_layers, config_of, phase_of, steps_taken, warn
 from ..tuner.settings import DirectionSettings
 from ..tuner.zero_checkpoints import restore
 from .gradients import Loss, loss_of_output, random_states_kept
+from .moments import check_groups
 from .prelaunch import checks_made
 from .stepping import advance, check_unmerged, identify_from_gradients, log, trained_adapters
 
@@ -71,6 +72,8 @@ class TsdCallback(TrainerCallback):
         remaining = state.max_steps - state.global_step
         for config, layers, adapter in _trained(model):
             check_unmerged(layers, adapter)
+            if optimizer is not None:
+                check_groups(layers, adapter, optimizer)
             if config.direction_source == "weight":
                 for name, layer in layers.items():
                     in_layer(name, layer.check_layout, adapter)

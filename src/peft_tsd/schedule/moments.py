@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 
 from ..distributed import zero
 from ..errors import TransitionError
+from ..tuner.directed import DirectedLayer
 
 
 def owners_of(parameters: list[nn.Parameter], optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
@@ -36,12 +38,48 @@ def owners_of(parameters: list[nn.Parameter], optimizer: Optimizer | Sequence[Op
 
 def forget(optimizer: Optimizer, parameter: Tensor) -> None:
     """Bring the optimizer to the state it had before it first saw `parameter`."""
+    base = getattr(optimizer, "base", None)
     if zero.is_copied(parameter):
         zero.forget(parameter, optimizer)
+    elif isinstance(base, Optimizer) and base.state is optimizer.state:
+        # Schedule-Free keeps its iterate z in the state of the optimizer it wraps, and makes it anew. That one takes a
+        # state with anything in it as begun: what it has there must stay, at its beginning.
+        base.state[parameter].pop("z", None)
+        _begin_anew(base, base.state[parameter])
     elif isinstance(optimizer, torch.optim.Adagrad):
         # The one optimizer that fills its state when it is built, not when it first steps.
-        state = optimizer.state[parameter]
-        state["step"].zero_()
-        state["sum"].fill_(optimizer.defaults["initial_accumulator_value"])
+        _begin_anew(optimizer, optimizer.state[parameter])
     else:
         optimizer.state.pop(parameter, None)
+
+
+def _begin_anew(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            value.fill_(optimizer.defaults.get("initial_accumulator_value", 0) if key == "sum" else 0)
+        elif key == "step":
+            state[key] = 0
+
+
+def check_groups(
+    layers: Mapping[str, DirectedLayer], adapter: str, optimizer: Optimizer | Sequence[Optimizer]
+) -> None:
+    """Refuse an optimizer that trains Δσ at B's learning rate where A has another, as LoRA+ does.
+
+    Raises:
+        ValueError: It does.
+    """
+    group_of: dict[int, dict[str, Any]] = {}
+    for one in optimizer if isinstance(optimizer, Sequence) else [optimizer]:
+        group_of |= {id(p): group for group in getattr(one, "param_groups", ()) for p in group["params"]}
+    for layer in layers.values():
+        a, b, theta = (group_of.get(id(p)) for p in layer.rates_of(adapter))
+        if a is None or b is None or theta is not b:
+            continue
+        rates = [group.get("initial_lr", group["lr"]) for group in (a, b)]
+        if rates[0] != rates[1]:
+            raise ValueError(
+                f"The optimizer trains Δσ in the group of B, whose learning rate is {rates[1]:g}, where A's is "
+                f"{rates[0]:g} (as create_loraplus_optimizer makes groups): put the parameters with '.lora_dash.' in "
+                "their names into a group of their own, as docs/method.md says under Optimizers."
+            )

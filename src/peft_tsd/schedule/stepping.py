@@ -22,12 +22,15 @@ from ..distributed.sharded import is_main_process
 from ..tuner.directed import DirectedLayer, Identified
 from ..tuner.phase import adapted_layers, any_layer, config_of, phase_of, steps_taken
 from .gradients import Loss, loss_of_output, weight_gradients
+from .moments import check_groups
 from .prelaunch import prelaunch_is_over
 from .sketches import along_gradients
 from .taken import counts_now
 from .transition import identified, transition
 
 log = logging.getLogger(__name__)
+
+_known: WeakSet[DirectedLayer] = WeakSet()
 
 _waits: WeakSet[DirectedLayer] = WeakSet()
 
@@ -61,7 +64,7 @@ def advance(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], adapte
 
     Raises:
         ValueError: The model has no trainable TSD adapter, or one without a pre-launch whose directions have not been
-            identified from gradients; or adapters are merged.
+            identified from gradients; or adapters are merged; or the optimizer trains Δσ at LoRA+'s rate for B.
         TransitionError: At the transition, the optimizer does not hold A and B, or a layer's ΔW or weight holds NaN or
             Inf (which a check of an automatic pre-launch may find before). Nothing but the step count is changed then.
     """
@@ -81,6 +84,9 @@ def advance(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], adapte
                 f"identify_from_gradients(model, batches, optimizer) {where}, or give it "
                 + ("a pre-launch." if config.direction_source == "weight" else "direction_source='weight'.")
             )
+        if any_layer(layers) not in _known:
+            check_groups(layers, adapter, optimizer)
+            _known.add(any_layer(layers))
         if not counts_now(any_layer(layers), adapter, optimizer):
             continue
         with torch.no_grad():

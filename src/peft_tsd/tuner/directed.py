@@ -137,6 +137,10 @@ class DirectedLayer(_Mixin):
         """ΔW of the pre-launch, detached: dense, shape (out, in), or as factors (B, A, scaling)."""
         raise NotImplementedError
 
+    def rates_of(self, adapter: str) -> tuple[nn.Parameter | None, nn.Parameter | None, nn.Parameter | None]:
+        """A, B and the scalars along directions, whose learning rates belong together; None for what it has none of."""
+        return None, None, None
+
     def restarted(self, adapter: str) -> list[nn.Parameter]:
         """The parameters that start anew at the transition."""
         return []
