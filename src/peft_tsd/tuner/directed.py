@@ -138,7 +138,7 @@ class DirectedLayer(_Mixin):
         raise NotImplementedError
 
     def rates_of(self, adapter: str) -> tuple[nn.Parameter | None, nn.Parameter | None, nn.Parameter | None]:
-        """A, B and the scalars along directions, whose learning rates belong together; None for what it has none of."""
+        """A, B and the scalars along directions, whose learning rates belong together; None for what there is not."""
         return None, None, None
 
     def restarted(self, adapter: str) -> list[nn.Parameter]:

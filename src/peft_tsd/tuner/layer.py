@@ -249,7 +249,7 @@ class TsdLayer(DirectedLayer, LoraLayer):
         super().unscale_layer(scale)
 
     def rates_of(self, adapter: str) -> tuple[nn.Parameter | None, nn.Parameter | None, nn.Parameter | None]:
-        scalars = self.lora_dash[adapter].weight if adapter in self.lora_dash else None
+        scalars = self.scalars(adapter).weight if adapter in self.lora_dash else None
         return self.lora_A[adapter].weight, self.lora_B[adapter].weight, scalars
 
     def restarted(self, adapter: str) -> list[nn.Parameter]:
