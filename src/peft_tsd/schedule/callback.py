@@ -32,6 +32,9 @@ class TsdCallback(TrainerCallback):
     An adapter without a pre-launch (`prelaunch_steps=0`) gets its directions before the first step, from the gradients
     of a few batches (`identify_from_gradients`); one with directions of the gradient, after its pre-launch.
 
+    The best model so far (`load_best_model_at_end`, early stopping) is forgotten at a transition, which is logged with
+    the loss before and after it: a checkpoint from before is the plain LoRA of the pre-launch.
+
     Args:
         batches: Those batches, or how many of the Trainer's training batches to take, the first ones of the first
             epoch. They are trained on all the same.
@@ -55,6 +58,7 @@ class TsdCallback(TrainerCallback):
         self.loss = loss
         self.transitions: list[dict[str, Any]] = []
         self._batches: list[Any] = []
+        self._loss_before: float | None = None
         self._held: list[DirectionSettings] = []
         self._began = 0.0
         self._checks_seconds = 0.0
@@ -82,7 +86,7 @@ class TsdCallback(TrainerCallback):
                 # Now, also for later: a dataloader in use must not be read from its beginning.
                 given = self.batches
                 self._batches = _first(given, train_dataloader) if isinstance(given, int) else list(given)
-                self._identify_if_due(model, optimizer, layers, adapter, state.global_step)
+                self._identify_if_due(model, optimizer, layers, adapter, state)
             if config.prelaunch_steps == 0:
                 continue
             shortest = config.prelaunch_min if config.prelaunch_steps == "auto" else config.prelaunch_steps
@@ -105,11 +109,12 @@ class TsdCallback(TrainerCallback):
             for _, layers, adapter in _trained(model):
                 fixed = next(iter(layers.values())).fixed(adapter)
                 if fixed.identified_at == fixed.step:
-                    self._record(state.global_step, start, layers, adapter)
+                    self._record(state, start, layers, adapter)
         else:
             self._checks_seconds += time.perf_counter() - start
-        for _, layers, adapter in _trained(model):
-            self._identify_if_due(model, optimizer, layers, adapter, state.global_step)
+        if self._batches:
+            for _, layers, adapter in _trained(model):
+                self._identify_if_due(model, optimizer, layers, adapter, state)
 
     def _identify_if_due(
         self,
@@ -117,7 +122,7 @@ class TsdCallback(TrainerCallback):
         optimizer: Optimizer | None,
         layers: Mapping[str, DirectedLayer],
         adapter: str,
-        step: int,
+        state: Any,
     ) -> None:
         """From the gradients of the batches, where a pre-launch that ends with them is over."""
         config = config_of(layers, adapter)
@@ -125,17 +130,30 @@ class TsdCallback(TrainerCallback):
         if waits and steps_taken(layers, adapter) >= config.longest_prelaunch:
             start = time.perf_counter()
             identify_from_gradients(model, self._batches, optimizer, adapter, loss=self.loss)
-            self._record(step, start, layers, adapter)
+            self._record(state, start, layers, adapter)
 
-    def _record(self, step: int, start: float, layers: Mapping[str, DirectedLayer], adapter: str) -> None:
+    def _record(self, state: Any, start: float, layers: Mapping[str, DirectedLayer], adapter: str) -> None:
         now = time.perf_counter()
-        made: dict[str, Any] = {"step": step, "seconds": now - start, "layers": len(layers)}
+        made: dict[str, Any] = {"step": state.global_step, "seconds": now - start, "layers": len(layers)}
         if config_of(layers, adapter).prelaunch_steps == "auto":
             made["checks"] = checks_made(layers, adapter)
             made["checks_seconds"] = self._checks_seconds
             made["prelaunch_seconds"] = start - self._began
         self.transitions.append(made)
         log.info("directions of adapter %r identified: %s", adapter, made)
+        self._loss_before = next((row["loss"] for row in reversed(state.log_history) if "loss" in row), None)
+        if state.best_model_checkpoint is not None:
+            log.info(
+                "the best checkpoint so far, of step %s, is from before the transition: the best is looked for anew",
+                state.best_global_step,
+            )
+        # `load_best_model_at_end` would bring back the plain LoRA of the pre-launch, and early stopping measure by it.
+        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if self._loss_before is not None and "loss" in logs:
+            log.info("loss %.4f before the transition, %.4f after it", self._loss_before, logs["loss"])
+            self._loss_before = None
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         for config in self._held:
