@@ -7,9 +7,10 @@
     python benchmarks/generate.py --math --length 256        # texts of exactly 256 tokens
 
 Commonsense questions in the form the suites ask them, answered greedily with at most 32 new tokens: by this package
-(`peft_tsd.tasks.decoding.write`), and by a loop that calls `generate` with one prompt after another, with a key-value
-cache and the end token. Both write the same texts; the benchmark says how many differ, and fails in float32, where
-none may. They take turns on parts of the questions, so that what else the machine does falls on both alike.
+(`peft_tsd.language.tasks.decoding.write_texts`), and by a loop that calls `generate` with one prompt after another,
+with a key-value cache and the end token. Both write the same texts; the benchmark says how many differ, and fails in
+float32, where none may. They take turns on parts of the questions, so that what else the machine does falls on both
+alike.
 Reported: examples a second of each, and the median over parts of the ratio. The row "likelihood" is
 `task.scoring=likelihood`, which writes nothing. `--beams` adds the loop of LLM-Adapters' script, four beams.
 
@@ -38,7 +39,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from peft_tsd import __version__
 from peft_tsd.language.sections import Data, Model, Task
 from peft_tsd.language.tasks.commonsense import COMMONSENSE, READING, from_openbookqa
-from peft_tsd.language.tasks.decoding import write
+from peft_tsd.language.tasks.decoding import write_texts
 from peft_tsd.language.tasks.instructions import load_suite
 from peft_tsd.language.tasks.likelihood import most_likely
 from peft_tsd.models.finding import locate
@@ -155,7 +156,7 @@ def main() -> None:
 
     def batches(part: slice) -> list[str]:
         asked = examples[part]
-        return write(
+        return write_texts(
             model,
             tokenizer,
             prompts[part],

@@ -19,8 +19,8 @@ PEFT_TYPE_TO_CONFIG_MAPPING[TsdType.TSD] = TsdConfig
 PEFT_TYPE_TO_TUNER_MAPPING[TsdType.TSD] = TsdModel
 PEFT_TYPE_TO_PREFIX_MAPPING[TsdType.TSD] = TsdModel.prefix
 
-for kind in DashType:
-    PEFT_TYPE_TO_CONFIG_MAPPING[kind] = DashConfig
-    PEFT_TYPE_TO_TUNER_MAPPING[kind] = make_tuner(kind)
+for dash_type in DashType:
+    PEFT_TYPE_TO_CONFIG_MAPPING[dash_type] = DashConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[dash_type] = make_tuner(dash_type)
     # The method's prefix, by which PEFT and transformers know what belongs to an adapter.
-    PEFT_TYPE_TO_PREFIX_MAPPING[kind] = PEFT_TYPE_TO_PREFIX_MAPPING[kind.name]
+    PEFT_TYPE_TO_PREFIX_MAPPING[dash_type] = PEFT_TYPE_TO_PREFIX_MAPPING[dash_type.name]

@@ -11,9 +11,9 @@ from peft import PeftConfig, PeftType
 from ..tuner.settings import DirectionSettings
 from .methods import REFUSED, has_layers, refusal
 
-_KINDS = [kind for kind in PeftType if has_layers(kind) and kind not in REFUSED]
+_PEFT_TYPES = [peft_type for peft_type in PeftType if has_layers(peft_type) and peft_type not in REFUSED]
 
-DashType = enum.Enum("DashType", {kind.name: f"DASH_{kind.value}" for kind in _KINDS}, type=str)  # type: ignore[misc]
+DashType = enum.Enum("DashType", {peft_type.name: f"DASH_{peft_type.value}" for peft_type in _PEFT_TYPES}, type=str)  # type: ignore[misc]
 """The values under which PEFT's mappings know a method with directions beside it; `peft_type` in saved configs."""
 
 

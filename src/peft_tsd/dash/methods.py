@@ -24,20 +24,20 @@ _ONE_CHANGE = ("use_dora", "use_bdlora", "velora_config")
 
 def refusal(config: PeftConfig) -> str | None:
     """Why the method of `config` cannot be given directions, in one line; None where it can."""
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
-    if kind not in PeftType.__members__:
+    peft_type = str(getattr(config.peft_type, "value", config.peft_type))
+    if peft_type not in PeftType.__members__:
         return "it is not one of PEFT's own methods"
-    if kind in REFUSED:
-        return REFUSED[kind]
+    if peft_type in REFUSED:
+        return REFUSED[peft_type]
     if config.is_prompt_learning or config.is_adaption_prompt:
         return "it changes what the model is given, and no weight"
-    if not has_layers(kind):
+    if not has_layers(peft_type):
         return "it has no layers of its own, so that there is no change of a weight to read"
     if isinstance(config, LoraConfig):
         for name, reason in REFUSED_FIELDS.items():
             if name not in _ONE_CHANGE and getattr(config, name):
                 return f"with {name}={getattr(config, name)!r}, {reason}"
-        if kind == "LORA" and config.init_lora_weights not in (*LEAVE_BASE, "mica"):
+        if peft_type == "LORA" and config.init_lora_weights not in (*LEAVE_BASE, "mica"):
             return (
                 f"init_lora_weights={config.init_lora_weights!r} has PEFT write to the base weight; "
                 f"TsdConfig(method='lora-dash', init_lora_weights=...) takes such a start without"
@@ -45,6 +45,6 @@ def refusal(config: PeftConfig) -> str | None:
     return None
 
 
-def has_layers(kind: str) -> bool:
-    """Whether PEFT's method `kind` puts layers of its own around those of a model."""
-    return getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(kind), "tuner_layer_cls", None) is not None
+def has_layers(peft_type: str) -> bool:
+    """Whether PEFT's method `peft_type` puts layers of its own around those of a model."""
+    return getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(peft_type), "tuner_layer_cls", None) is not None

@@ -15,14 +15,16 @@ from ..errors import RecipeError, one_line
 from ..files.adapters import CONFIG
 from ..models.loading import check_target_modules
 from ..recipes.adapters import adapter_config
-from .families import Family
+from .families import PipelineFamily
 from .recipe import DreamBooth
 
 Adapters = dict[str, PeftModel]
 """By component. A component's own modules are replaced, so that the pipeline computes with the adapter too."""
 
 
-def make_adapters(pipe: Any, family: Family, recipe: DreamBooth, *, low_cpu_mem_usage: bool = False) -> Adapters:
+def make_adapters(
+    pipe: Any, family: PipelineFamily, recipe: DreamBooth, *, low_cpu_mem_usage: bool = False
+) -> Adapters:
     """New adapters on `pipe`, as a recipe describes them.
 
     Args:

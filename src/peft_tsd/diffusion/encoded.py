@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
-from .families import Embeddings, Family
+from .families import Embeddings, PipelineFamily
 from .photos import Photo
 from .pipeline import moved, text_encoders_on
 
@@ -53,7 +53,7 @@ class Encoded(NamedTuple):
 @torch.no_grad()
 def encode(
     pipe: Any,
-    family: Family,
+    family: PipelineFamily,
     groups: Mapping[str, tuple[Sequence[Photo], str]],
     device: torch.device,
     *,

@@ -17,7 +17,7 @@ Embeddings = dict[str, Tensor]
 """What the text encoders say of some prompts, by the denoiser's name for it; the first axis is the prompt's."""
 
 
-class Family(NamedTuple):
+class PipelineFamily(NamedTuple):
     """One family."""
 
     name: str
@@ -34,7 +34,7 @@ class Family(NamedTuple):
     """Called with denoiser, noisy latents (n, c, h, w), timesteps (n,), embeddings and time ids (n, 6)."""
 
 
-def family_of(pipeline: str, given: str) -> Family:
+def family_of(pipeline: str, given: str) -> PipelineFamily:
     """The family of a pipeline class.
 
     Raises:
@@ -94,8 +94,8 @@ def _denoise_sd3(
 
 
 FAMILIES = (
-    Family("SD 1.5", "StableDiffusionPipeline", "unet", ("text_encoder",), False, _encode_sd15, _denoise_sd15),
-    Family(
+    PipelineFamily("SD 1.5", "StableDiffusionPipeline", "unet", ("text_encoder",), False, _encode_sd15, _denoise_sd15),
+    PipelineFamily(
         "SDXL",
         "StableDiffusionXLPipeline",
         "unet",
@@ -105,7 +105,7 @@ FAMILIES = (
         _denoise_sdxl,
     ),
     # Its third encoder, T5, stays as it is.
-    Family(
+    PipelineFamily(
         "SD3",
         "StableDiffusion3Pipeline",
         "transformer",

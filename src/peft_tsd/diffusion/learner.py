@@ -25,7 +25,7 @@ from ..schedule.taken import steps_of
 from ..tuner.config import TsdConfig
 from .adapters import Adapters
 from .encoded import Encoded
-from .families import Embeddings, Family
+from .families import Embeddings, PipelineFamily
 from .objective import Objective, weighted_loss
 from .recipe import DreamBooth
 
@@ -63,7 +63,7 @@ class Learner:
     def __init__(
         self,
         pipe: Any,
-        family: Family,
+        family: PipelineFamily,
         recipe: DreamBooth,
         adapters: Adapters,
         groups: dict[str, Encoded],
@@ -249,13 +249,13 @@ def _accelerator(dtype: str) -> Accelerator:
     return accelerator
 
 
-def _optimizer(recipe: DreamBooth, adapters: Adapters, family: Family) -> torch.optim.Optimizer:
+def _optimizer(recipe: DreamBooth, adapters: Adapters, family: PipelineFamily) -> torch.optim.Optimizer:
     """The optimizer that transformers' Trainer knows by the name, with a learning rate for the text encoders."""
     wanted = recipe.optimizer
     arguments = TrainingArguments(
         optim=wanted.name, learning_rate=wanted.learning_rate, report_to="none", output_dir=recipe.output
     )
-    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     groups = []
     for name, model in adapters.items():
         rate = wanted.learning_rate if name == family.denoiser else recipe.text_encoders.learning_rate
@@ -266,7 +266,7 @@ def _optimizer(recipe: DreamBooth, adapters: Adapters, family: Family) -> torch.
                 "weight_decay": wanted.weight_decay,
             }
         )
-    optimizer: torch.optim.Optimizer = kind(groups, **options)
+    optimizer: torch.optim.Optimizer = optimizer_class(groups, **options)
     return optimizer
 
 

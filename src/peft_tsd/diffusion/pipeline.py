@@ -14,26 +14,26 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..errors import RecipeError, one_line
-from .families import Family, family_of
+from .families import PipelineFamily, family_of
 from .recipe import Model
 
 # What a pipeline may bring along and training has no use for; a safety checker would cost memory and black out images.
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
-class Source(NamedTuple):
+class PipelineSource(NamedTuple):
     """A pipeline that was found."""
 
     name: str
     """As the user gave it: a hub name or a folder."""
-    family: Family
+    family: PipelineFamily
     components: dict[str, tuple[str, str]]
     """The library and the class of each."""
     options: dict[str, Any]
     """`revision`, where one was given."""
 
 
-def locate(model: Model) -> Source:
+def locate(model: Model) -> PipelineSource:
     """Find a pipeline and its family, from its model_index.json.
 
     Raises:
@@ -69,7 +69,7 @@ def locate(model: Model) -> Source:
     if path.is_dir():
         for name in components:
             _check_component(path / name, given)
-    return Source(model.name, family, components, options)
+    return PipelineSource(model.name, family, components, options)
 
 
 def _check_component(folder: Path, given: str) -> None:
@@ -80,34 +80,34 @@ def _check_component(folder: Path, given: str) -> None:
         raise RecipeError(f"{given} has no weights in {folder.name}/ (.safetensors or .bin); complete it")
 
 
-def load_skeleton(source: Source) -> Any:
+def load_skeleton(source: PipelineSource) -> Any:
     """The pipeline with its models on the meta device, which holds shapes and no numbers.
 
     Raises:
         RecipeError: A component cannot be read.
     """
     made: dict[str, Any] = {}
-    for name, (library, kind) in source.components.items():
+    for name, (library, component_class) in source.components.items():
         with _one_line_errors(f"model.name={source.name!r}, component {name!r},"):
-            made[name] = _component(source, name, getattr(sys.modules.get(library) or diffusers, kind))
+            made[name] = _component(source, name, getattr(sys.modules.get(library) or diffusers, component_class))
     with _one_line_errors(f"model.name={source.name!r}"):
         return getattr(diffusers, source.family.pipeline)(**made, **_unused(source.family))
 
 
-def _component(source: Source, name: str, kind: Any) -> Any:
+def _component(source: PipelineSource, name: str, component_class: Any) -> Any:
     place = {"subfolder": name, **source.options}
-    if issubclass(kind, diffusers.ModelMixin):
-        config = kind.load_config(source.name, **place)
+    if issubclass(component_class, diffusers.ModelMixin):
+        config = component_class.load_config(source.name, **place)
         with torch.device("meta"):
-            return kind.from_config(config)
-    if issubclass(kind, torch.nn.Module):
-        config = kind.config_class.from_pretrained(source.name, **place)
+            return component_class.from_config(config)
+    if issubclass(component_class, torch.nn.Module):
+        config = component_class.config_class.from_pretrained(source.name, **place)
         with torch.device("meta"):
-            return kind._from_config(config)
-    return kind.from_pretrained(source.name, **place)
+            return component_class._from_config(config)
+    return component_class.from_pretrained(source.name, **place)
 
 
-def load_pipeline(source: Source, model: Model) -> Any:
+def load_pipeline(source: PipelineSource, model: Model) -> Any:
     """The pipeline with its weights, on the CPU: frozen, in `model.dtype`, but its autoencoder in float32.
 
     Raises:
@@ -127,7 +127,7 @@ def load_pipeline(source: Source, model: Model) -> Any:
     return pipe
 
 
-def _unused(family: Family) -> dict[str, Any]:
+def _unused(family: PipelineFamily) -> dict[str, Any]:
     taken = inspect.signature(getattr(diffusers, family.pipeline).__init__).parameters
     options: dict[str, Any] = {name: None for name in UNUSED if name in taken}
     return options | ({"requires_safety_checker": False} if "requires_safety_checker" in taken else {})

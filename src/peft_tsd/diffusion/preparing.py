@@ -17,7 +17,7 @@ from .adapters import Adapters, make_adapters
 from .memory import Need, check_memory, free_memory, step_need
 from .objective import Objective, objective_of
 from .photos import Photos, read_photos
-from .pipeline import Source, load_skeleton, locate
+from .pipeline import PipelineSource, load_skeleton, locate
 from .recipe import DreamBooth
 
 
@@ -25,7 +25,7 @@ class Job(NamedTuple):
     """A recipe that was found possible, and what was learned on the way."""
 
     recipe: DreamBooth
-    source: Source
+    source: PipelineSource
     photos: Photos
     prior: Photos | None
     """Those of `prior.folder`."""
@@ -66,7 +66,7 @@ def prepare(recipe: DreamBooth) -> Job:
     return Job(recipe, source, photos, prior, objective, need)
 
 
-def _check_resolution(recipe: DreamBooth, source: Source, pipe: Any) -> None:
+def _check_resolution(recipe: DreamBooth, source: PipelineSource, pipe: Any) -> None:
     patch = getattr(getattr(pipe, source.family.denoiser).config, "patch_size", None) or 1
     unit = pipe.vae_scale_factor * patch
     if recipe.data.resolution % unit:
@@ -76,7 +76,7 @@ def _check_resolution(recipe: DreamBooth, source: Source, pipe: Any) -> None:
         )
 
 
-def _step_need(recipe: DreamBooth, source: Source, pipe: Any, adapters: Adapters) -> Need:
+def _step_need(recipe: DreamBooth, source: PipelineSource, pipe: Any, adapters: Adapters) -> Need:
     """What a step takes, found by taking one on shapes; whatever does not fit together fails in it."""
     family, meta, dtype = source.family, torch.device("meta"), getattr(torch, recipe.model.dtype)
     side = recipe.data.resolution // pipe.vae_scale_factor

@@ -128,7 +128,7 @@ PROMPTS = (
 CLIP, DINO = "openai/clip-vit-base-patch32", "facebook/dino-vits16"
 
 
-class Comparison(Section):
+class ComparisonSection(Section):
     """What `peft-tsd compare` draws and measures, beside `validation`'s steps, guidance and seed."""
 
     prompts: list[str] = Field(default=list(PROMPTS), min_length=1)
@@ -161,7 +161,7 @@ class DreamBooth(RunRecipe):
     training: Training = Training()
     validation: Validation = Validation()
     export: Export = Export()
-    comparison: Comparison = Comparison()
+    comparison: ComparisonSection = ComparisonSection()
 
     @model_validator(mode="after")
     def _steps_reach_the_transition(self) -> DreamBooth:

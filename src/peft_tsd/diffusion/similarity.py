@@ -72,12 +72,14 @@ class Dino:
         return _unit(self._model(**pixels).last_hidden_state[:, 0])
 
 
-def load_or_why(kind: type[Clip] | type[Dino], name: str | None, device: torch.device) -> Clip | Dino | Unavailable:
+def load_or_why(
+    model_class: type[Clip] | type[Dino], name: str | None, device: torch.device
+) -> Clip | Dino | Unavailable:
     """The model `name`, or why there is none."""
     if name is None:
         return Unavailable("no model was given")
     try:
-        return kind(name, device)
+        return model_class(name, device)
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         return Unavailable(f"{name} cannot be loaded: {one_line(error)[:160]}")
 

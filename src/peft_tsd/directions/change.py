@@ -21,8 +21,8 @@ def check_matrix(matrix: Tensor, name: str) -> None:
         ValueError: Not two-dimensional, empty, or holding NaN or Inf.
     """
     if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
-        kind = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
-        raise TypeError(f"{name} must be a floating-point tensor of shape (out, in); got {kind}.")
+        given = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
+        raise TypeError(f"{name} must be a floating-point tensor of shape (out, in); got {given}.")
     if matrix.ndim != 2 or matrix.numel() == 0:
         raise ValueError(f"{name} must be a non-empty matrix of shape (out, in); got shape {tuple(matrix.shape)}.")
     bad = matrix.numel() - int(torch.isfinite(matrix).sum())

@@ -57,7 +57,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def write(parameter: Tensor, value: Tensor) -> None:
+def assign(parameter: Tensor, value: Tensor) -> None:
     """Copy `value`, which every process has, into `parameter`, or into this process's shard of it."""
     if isinstance(parameter, DTensor):
         mesh = parameter.device_mesh
@@ -65,7 +65,7 @@ def write(parameter: Tensor, value: Tensor) -> None:
         everywhere = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
         parameter.to_local().copy_(everywhere.redistribute(mesh, parameter.placements).to_local())
     else:
-        zero.write(parameter, value.to(parameter).expand(shape_of(parameter)))
+        zero.assign(parameter, value.to(parameter).expand(shape_of(parameter)))
 
 
 def gathered(parameter: Tensor, owner: int) -> Tensor | None:

@@ -47,7 +47,7 @@ def gather(parameter: Any, owner: int | None = None) -> Tensor | None:
 
 
 @torch.no_grad()
-def write(parameter: Any, value: Tensor) -> None:
+def assign(parameter: Any, value: Tensor) -> None:
     """Copy `value`, which every process has, into a parameter that is split, or of which the optimizer has a copy."""
     if is_split(parameter):
         part = parameter.ds_tensor

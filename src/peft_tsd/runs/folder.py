@@ -214,7 +214,7 @@ def _progress_of(checkpoint: Path) -> dict[str, Any] | None:
             (checkpoint / name).resolve() == checkpoint.resolve() / name and sha256(checkpoint / name) == digest
             for name, digest in record["sha256"].items()
         )
-        known = all(isinstance(progress[key], kind) for key, kind in _PROGRESS.items())
+        known = all(isinstance(progress[key], expected) for key, expected in _PROGRESS.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return progress if whole and known else None

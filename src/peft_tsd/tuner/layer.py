@@ -23,7 +23,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..directions.change import LowRank, check_matrix
 from ..directions.definitions import TaskSpecificDirections
-from ..distributed.sharded import is_sharded, shape_of, whole, write
+from ..distributed.sharded import assign, is_sharded, shape_of, whole
 from .config import TsdConfig
 from .directed import DirectedLayer, Identified
 from .held import DashScalars, FixedDirections
@@ -191,9 +191,9 @@ class TsdLayer(DirectedLayer, LoraLayer):
             self.unmerge()
         adapted = not self.merged and not self.disable_adapters
         if adapted and adapter_names is None and not args and not kwargs:
-            whole = self._whole_forward(x)
-            if whole is not None:
-                return whole
+            stacked = self._whole_forward(x)
+            if stacked is not None:
+                return stacked
         result: Tensor = self.base_layer(x, *args, **kwargs)
         if not adapted:
             return result
@@ -282,10 +282,10 @@ class TsdLayer(DirectedLayer, LoraLayer):
             start_a, start_b = whole(a).flatten(1).clone(), torch.zeros_like(whole(b).flatten(1))
             # Where fewer than r directions changed, the other rows are A's own, and their B is zero.
             start_a[: len(found.start_a)], start_b[:, : len(found.start_a)] = found.start_a, found.start_b
-            write(a, start_a.view(shape_of(a)))
-            write(b, start_b.view(shape_of(b)))
+            assign(a, start_a.view(shape_of(a)))
+            assign(b, start_b.view(shape_of(b)))
             if self.lora_bias[adapter]:
-                write(self.lora_B[adapter].bias, torch.zeros(()))
+                assign(self.lora_B[adapter].bias, torch.zeros(()))
             self._fix_start(adapter)
         super().fill(adapter, found)
 

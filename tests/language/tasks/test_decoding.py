@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from peft_tsd.language.tasks.decoding import write
+from peft_tsd.language.tasks.decoding import write_texts
 from support import text_models
 
 FAMILIES = [
@@ -51,7 +51,7 @@ def test_batches_write_what_single_prompts_do(model, shared):
     assert len(set(expected)) > 3
     for batch_size in (1, 4, 50):
         done: list[int] = []
-        texts = write(model, tokenizer, asked, max_new_tokens=9, batch_size=batch_size, on_batch=done.append)
+        texts = write_texts(model, tokenizer, asked, max_new_tokens=9, batch_size=batch_size, on_batch=done.append)
         assert texts == expected
         assert sum(done) == len(expected)
 
@@ -71,7 +71,7 @@ def test_a_row_ends_where_it_is_complete(model):
 
     for batch_size in (1, 4, 50):
         over.clear()
-        texts = write(model, tokenizer, asked, max_new_tokens=9, batch_size=batch_size, complete=complete)
+        texts = write_texts(model, tokenizer, asked, max_new_tokens=9, batch_size=batch_size, complete=complete)
         assert texts == expected
 
 
@@ -82,7 +82,7 @@ def test_the_end_token_ends_a_row(model):
     with torch.no_grad():
         best = model(torch.tensor([prompts()[0]])).logits[0, -1].argmax().item()
     model.generation_config.eos_token_id = best
-    texts = write(model, tokenizer, prompts(), max_new_tokens=3, batch_size=50)
+    texts = write_texts(model, tokenizer, prompts(), max_new_tokens=3, batch_size=50)
     assert first
     # It is no special token of the tokenizer, so it is in the text, as its last one.
     assert texts[0] == tokenizer.decode([best])
@@ -103,7 +103,7 @@ def test_the_beginning_is_read_once_and_ended_rows_leave(tmp_path):
     asked = prompts(8, shared=15)
     order = sorted(range(8), key=lambda i: -len(asked[i]))
     # The first six end with their second token, the last two never.
-    texts = write(
+    texts = write_texts(
         model,
         text_models.tokenizer(),
         asked,
@@ -121,9 +121,11 @@ def test_a_model_without_keys_and_values_reads_everything(tmp_path):
     tokenizer = text_models.tokenizer()
     asked = [[7, 8, 9, token] for token in range(20, 28)]
     expected = [by_hand(model, tokenizer, p, 9, lambda text, i=i: len(text) > i) for i, p in enumerate(asked)]
-    texts = write(model, tokenizer, asked, max_new_tokens=9, batch_size=8, complete=lambda i, text: len(text) > i)
+    texts = write_texts(
+        model, tokenizer, asked, max_new_tokens=9, batch_size=8, complete=lambda i, text: len(text) > i
+    )
     assert texts == expected
 
 
 def test_nothing_to_write():
-    assert write(None, text_models.tokenizer(), [], max_new_tokens=3, batch_size=2) == []
+    assert write_texts(None, text_models.tokenizer(), [], max_new_tokens=3, batch_size=2) == []

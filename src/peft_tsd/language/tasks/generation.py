@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from ...errors import RecipeError
 from ..sections import Task
-from .decoding import pad_left, positions, write
+from .decoding import pad_left, positions, write_texts
 from .likelihood import most_likely
 from .sources import Example
 
@@ -114,7 +114,7 @@ class Generation:
             right = self._score_options(model, tokenizer, examples, prompts, batch_size, on_batch)
         else:
             complete = self._reading.complete
-            texts = write(
+            texts = write_texts(
                 model,
                 tokenizer,
                 prompts,
