@@ -246,6 +246,17 @@ def test_sequence_classification_saves_its_head(tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(other, tmp_path), ids), logits(model, ids))
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"method": "lora-tsd", "init_reading": "svd"},
+        pytest.param({"method": "lora-tsd", "init_reading": "orthonormal"}, marks=pytest.mark.long),
+        pytest.param({"method": "lora-init", "init_reading": "svd"}, marks=pytest.mark.long),
+        pytest.param({"method": "lora-init", "init_reading": "orthonormal"}, marks=pytest.mark.long),
+        pytest.param({"method": "lora-dash"}, marks=pytest.mark.long),
+    ],
+    indirect=True,
+)
 def test_compiled_with_one_graph_over_the_transition(method):
     """One graph, compiled once: the transition changes values, never the program."""
     losses = []
