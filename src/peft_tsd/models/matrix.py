@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from .packed import is_quantized
@@ -46,6 +47,8 @@ def no_matrix(base: nn.Module) -> str | None:
             f"it is of type {type(base).__name__}, and only Linear, Conv1D and Conv2d weights have directions here"
             f"{experts}"
         )
+    if isinstance(base, NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight and never calls it, and so an adapter there would not train"
     if isinstance(base, nn.Conv2d) and base.groups != 1:
         return f"it is a convolution in {base.groups} groups, whose LoRA is not a change of the kernel's shape"
     return None
@@ -72,6 +75,6 @@ def _dtype(base: nn.Module) -> str:
 
 def expert_stacks(module: nn.Module) -> list[str]:
     """The names of the parameters of a module that hold one matrix for each of its experts."""
-    if isinstance(module, nn.Conv1d):
+    if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d, nn.Bilinear)):
         return []
     return [name for name, one in module.named_parameters(recurse=False) if one.ndim == 3 and len(one) > 1]

@@ -13,7 +13,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from ..errors import in_layer
 from ..tuner.directed import DirectedLayer
-from ..tuner.phase import adapted_layers, config_of, phase_of, steps_taken, warn_in_prelaunch
+from ..tuner.phase import adapted_layers, check_one_phase, config_of, phase_of, steps_taken, warn_in_prelaunch
 from ..tuner.settings import DirectionSettings
 from ..tuner.zero_checkpoints import restore
 from .gradients import Loss, loss_of_output, random_states_kept
@@ -76,6 +76,7 @@ class TsdCallback(TrainerCallback):
         remaining = state.max_steps - state.global_step
         for config, layers, adapter in _trained(model):
             check_unmerged(layers, adapter)
+            check_one_phase(layers, adapter)
             if optimizer is not None:
                 check_groups(layers, adapter, optimizer)
             if config.direction_source == "weight":
@@ -93,7 +94,9 @@ class TsdCallback(TrainerCallback):
             missing = shortest - steps_taken(layers, adapter)
             if remaining < missing:
                 event = f"needs {missing} more optimizer steps, will train for only {remaining}, and so end"
-                warn_in_prelaunch(config, layers, adapter, event)
+                length = "prelaunch_min" if config.prelaunch_steps == "auto" else "prelaunch_steps"
+                cause = f"Train for {missing - remaining} steps more, or lower {length} to at most {remaining}."
+                warn_in_prelaunch(config, layers, adapter, event, cause)
             else:
                 # Checkpoints written on the way are no finished adapters.
                 config.prelaunch_notice_given = True

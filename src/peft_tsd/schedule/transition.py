@@ -16,7 +16,7 @@ from ..distributed.sharded import is_main_process
 from ..distributed.sharing import share_out
 from ..errors import in_layer
 from ..tuner.directed import DirectedLayer, Identified
-from ..tuner.phase import config_of
+from ..tuner.phase import config_of, note_transition
 from .moments import forget, owners_of
 from .prelaunch import held_spectrum, release
 
@@ -100,6 +100,7 @@ def transition(
         restarted = _restarted({name: layers[name] for name in found}, adapter)
         for parameter, owner in zip(restarted, owners_of(restarted, optimizer)):
             forget(owner, parameter)
+    note_transition(layers)
     left_out = [name for name in layers if name not in found]
     if left_out and is_main_process():
         log.warning(

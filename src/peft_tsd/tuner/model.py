@@ -13,7 +13,16 @@ from .config import TsdConfig
 from .directed import DirectedLayer
 from .dispatch import check_experts, create_layer
 from .layer import TsdLayer
-from .phase import Phase, adapted_layers, any_layer, phase_of, prelaunch_length, steps_taken, warn_in_prelaunch
+from .phase import (
+    Phase,
+    adapted_layers,
+    any_layer,
+    check_one_phase,
+    phase_of,
+    prelaunch_length,
+    steps_taken,
+    warn_in_prelaunch,
+)
 from .quantized import QuantizedLayer
 from .table import Directions, directions_of
 
@@ -32,9 +41,11 @@ class DirectedModel:
             adapter_name: The adapter; the active one by default.
 
         Raises:
-            ValueError: There is no such adapter.
+            ValueError: There is no such adapter, or its layers are in different phases.
         """
-        return phase_of(*self._layers_of(adapter_name))
+        layers, adapter = self._layers_of(adapter_name)
+        check_one_phase(layers, adapter)
+        return phase_of(layers, adapter)
 
     def directions(self, adapter_name: str | None = None) -> Directions:
         """The directions identified in every layer: arrays for programs, a table when printed.
@@ -46,6 +57,7 @@ class DirectedModel:
             ValueError: There is no such adapter, or it is still in pre-launch.
         """
         layers, adapter = self._layers_of(adapter_name)
+        check_one_phase(layers, adapter)
         if phase_of(layers, adapter) == "pre-launch":
             raise ValueError(
                 f"Adapter {adapter!r} has no directions yet: it has taken {steps_taken(layers, adapter)} of its "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from typing import Literal
+from weakref import WeakSet
 
 from torch import nn
 
@@ -39,6 +40,20 @@ def phase_of(layers: Mapping[str, DirectedLayer], adapter: str) -> Phase:
     return "dash" if any_layer(layers).fixed(adapter).identified else "pre-launch"
 
 
+def check_one_phase(layers: Mapping[str, DirectedLayer], adapter: str) -> None:
+    """Refuse an adapter of which only some layers have made the transition.
+
+    Raises:
+        ValueError: It is so; the message names one layer of each.
+    """
+    phases = {layer.fixed(adapter).identified: name for name, layer in reversed(layers.items())}
+    if len(phases) > 1:
+        raise ValueError(
+            f"Adapter {adapter!r} is in two phases at once: {phases[False]!r} is in pre-launch and {phases[True]!r} "
+            "has made the transition, as where a state was loaded in part. Load the whole adapter."
+        )
+
+
 def any_layer(layers: Mapping[str, DirectedLayer]) -> DirectedLayer:
     # Steps are counted, and directions written, in all layers of an adapter together: one read tells of all.
     return next(iter(layers.values()))
@@ -53,15 +68,36 @@ class PrelaunchWarning(UserWarning):
     """An adapter is used as finished while it is still the plain LoRA of its pre-launch."""
 
 
+_had_directions: WeakSet[DirectedLayer] = WeakSet()
+"""The first layers of adapters that made the transition in this process."""
+
+
+def note_transition(layers: Mapping[str, DirectedLayer]) -> None:
+    """Remember that an adapter has directions now, in case a state of before is restored."""
+    _had_directions.add(any_layer(layers))
+
+
 def warn_in_prelaunch(
-    config: DirectionSettings, layers: Mapping[str, DirectedLayer], adapter: str, event: str
+    config: DirectionSettings,
+    layers: Mapping[str, DirectedLayer],
+    adapter: str,
+    event: str,
+    cause: str = "",
 ) -> None:
-    """Say once for each config that `adapter` has no directions yet, and why that is likely so."""
+    """Say once for each config that `adapter` has no directions yet, and why: `cause`, or what is likely."""
     if config.prelaunch_notice_given or not layers or phase_of(layers, adapter) == "dash":
         return
     config.prelaunch_notice_given = True
     steps = steps_taken(layers, adapter)
-    if config.prelaunch_steps == 0:
+    if cause:
+        pass
+    elif any_layer(layers) in _had_directions:
+        cause = (
+            f"It had its directions, and was restored to its state after step {steps}, before the transition (as "
+            "load_best_model_at_end does where an early checkpoint was the best): restore one of after it, or let the "
+            "pre-launch end before the first evaluation."
+        )
+    elif config.prelaunch_steps == 0:
         cause = (
             "With prelaunch_steps=0 it takes them from gradients: pass callbacks=[TsdCallback()] to the Trainer, or "
             "call identify_from_gradients(model, batches) before the first step of your own loop."
