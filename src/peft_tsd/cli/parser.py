@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from importlib.metadata import version
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="peft-tsd", description="Fine-tuning along task-specific directions.")
+    parser.add_argument("--version", action="version", version=f"peft-tsd {version('peft-tsd')}")
     verbs = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = verbs.add_parser("train", help="train an adapter as a recipe says, and score it before and after")

@@ -46,7 +46,7 @@ def check_one_phase(layers: Mapping[str, DirectedLayer], adapter: str) -> None:
     Raises:
         ValueError: It is so; the message names one layer of each.
     """
-    phases = {layer.fixed(adapter).identified: name for name, layer in reversed(layers.items())}
+    phases = {layer.fixed(adapter).identified: name for name, layer in reversed(list(layers.items()))}
     if len(phases) > 1:
         raise ValueError(
             f"Adapter {adapter!r} is in two phases at once: {phases[False]!r} is in pre-launch and {phases[True]!r} "
