@@ -17,6 +17,7 @@ from peft import (
 from torch import nn
 
 from peft_tsd import advance, export_lora
+from peft_tsd.export.ranks import served_rank
 from peft_tsd.tuner.phase import adapted_layers
 from support import reference, tiny
 from support.dash import config, logits, trained
@@ -234,10 +235,23 @@ def test_export(rank, tmp_path):
         if rank:
             whole = layer.learned_change("default") + dash
             assert report.errors[name] == pytest.approx(((whole - kept).norm() / whole.norm()).item(), rel=1e-5)
-    assert report.rank == (2 * 2 if rank is None else rank) + 5
+    assert set(report.ranks.values()) == {(2 * 2 if rank is None else rank) + 5}
+    assert report.rank == served_rank(max(report.ranks.values()))
     if rank is None:
         assert report.errors == {}
         torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_whose_name_ends_that_of_another_is_exported_alone(tmp_path):
+    model = trained(LoHaConfig(r=2, target_modules=r"model\.layers\.0\.self_attn\.q_proj"))
+    outer = torch.nn.ModuleDict({"model": tiny.llama().model, "inner": tiny.llama()})
+    renamed = get_peft_model(outer, config(LoHaConfig(r=2, target_modules=r"model\.layers\.0\.self_attn\.q_proj")))
+    renamed.load_state_dict(model.state_dict(), strict=False)
+    export_lora(renamed, tmp_path / "out", rank=2)
+    fresh = torch.nn.ModuleDict({"model": tiny.llama().model, "inner": tiny.llama()})
+    loaded = PeftModel.from_pretrained(fresh, tmp_path / "out")
+    layers = [name for name, module in loaded.named_modules() if hasattr(module, "lora_A")]
+    assert layers == ["base_model.model.model.layers.0.self_attn.q_proj"]
 
 
 def test_export_of_a_convolution_and_of_conv1d(tmp_path):

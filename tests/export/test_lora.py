@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_tsd import export_lora
 from peft_tsd.export.factors import truncate
+from peft_tsd.export.ranks import served_rank
 from peft_tsd.tuner.phase import adapted_layers
 from support import reference, tiny
 
@@ -42,11 +43,14 @@ def test_the_export_is_exact_from_the_model_and_from_the_folder(trained, tmp_pat
     trained.save_pretrained(tmp_path / "native")
     reports = [export_lora(trained, tmp_path / "a"), export_lora(tmp_path / "native", tmp_path / "b")]
     config = trained.peft_config["default"]
-    rank = EXACT_RANK[config.method][config.init_reading]
+    needed = EXACT_RANK[config.method][config.init_reading]
+    rank = served_rank(needed)
+    filled = f" (of which it needs {needed}; filled up with zeros)" if needed < rank else ""
     for report in reports:
         assert report.rank == rank
+        assert set(report.ranks.values()) == {needed}
         assert report.errors == {}
-        assert str(report) == f"plain LoRA of rank {rank}, exact: {report.path}"
+        assert str(report) == f"plain LoRA of rank {rank}{filled}, exact: {report.path}"
         assert rank_of(report.path) == (rank, rank)
         assert_same(outputs(PeftModel.from_pretrained(tiny.llama(), report.path)), outputs(trained))
     a, b = (load_file(report.path / "adapter_model.safetensors") for report in reports)
@@ -133,7 +137,7 @@ def test_in_pre_launch_it_is_the_lora_it_is(method, tmp_path):
     model = get_peft_model(tiny.llama(), tiny.config(**method))
     tiny.train(model, 2)
     report = export_lora(model.eval(), tmp_path / "out")
-    assert report.rank == 4
+    assert (report.rank, set(report.ranks.values())) == (8, {4})
     assert_same(outputs(PeftModel.from_pretrained(tiny.llama(), tmp_path / "out")), outputs(model))
 
 
@@ -172,7 +176,7 @@ def test_compression_is_the_truncated_svd_of_the_dense_change(inner, out, into, 
 
 def test_compression_reports_the_error_of_each_layer(trained, tmp_path):
     report = export_lora(trained, tmp_path / "out", rank=3)
-    assert report.rank == 3
+    assert (report.rank, set(report.ranks.values())) == (8, {3})
     loaded = PeftModel.from_pretrained(tiny.llama(), tmp_path / "out")
     layers = {n.removeprefix("base_model.model."): m for n, m in trained.named_modules() if hasattr(m, "lora_dash")}
     small = {n.removeprefix("base_model.model."): m for n, m in loaded.named_modules() if hasattr(m, "lora_A")}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..export.factors import lora_scaling, truncate
 from ..export.lora import ExportReport, as_lora
+from ..export.ranks import of_one_rank
 from ..files.adapters import PREFIX
 from ..files.whole import write_folder
 from ..tuner.config import TsdConfig
@@ -62,7 +63,8 @@ def export_diffusers(
         layers, worse = _component(Path(adapters) / name, rank)
         tensors |= {f"{name}.{key}": tensor for key, tensor in layers.items()}
         errors |= {f"{name}.{layer}": error for layer, error in worse.items()}
-    tensors = _of_one_rank(tensors)
+    filled = of_one_rank(tensors)
+    tensors = filled.state
 
     def fill(folder: Path) -> None:
         save_file(tensors, folder / DIFFUSERS_FILE, metadata={"format": "pt"})
@@ -70,7 +72,7 @@ def export_diffusers(
             save_file(_kohya(tensors), folder / KOHYA_FILE, metadata={"ss_network_module": "networks.lora"})
 
     write_folder(out, fill)
-    return ExportReport(out, max(x.shape[0] for key, x in tensors.items() if key.endswith("lora_A.weight")), errors)
+    return ExportReport(out, filled.rank, errors, filled.ranks)
 
 
 def _component(folder: Path, rank: int | None) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -101,18 +103,6 @@ def _scaled(
         if f"{layer}.lora_B.bias" in state:
             found[f"{layer}.lora_B.bias"] = scaling * state[f"{layer}.lora_B.bias"].float()
     return found, errors
-
-
-def _of_one_rank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same with zeros up to the highest rank: readers that guess scalings guess those of unequal ranks wrongly."""
-    rank = max(x.shape[0] for key, x in tensors.items() if key.endswith(".lora_A.weight"))
-    found = dict(tensors)
-    for key, x in tensors.items():
-        if key.endswith(".lora_A.weight"):
-            found[key] = torch.cat([x, x.new_zeros(rank - x.shape[0], *x.shape[1:])])
-        elif key.endswith(".lora_B.weight"):
-            found[key] = torch.cat([x, x.new_zeros(x.shape[0], rank - x.shape[1], *x.shape[2:])], dim=1)
-    return found
 
 
 def _kohya(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

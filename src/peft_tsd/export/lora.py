@@ -6,13 +6,15 @@ Each adapter *is* a LoRA of a higher rank. With A, B and scaling s of LoRA, dire
     A' = [s·A; diag(Δσ)·Vᵀ; −s·A₀],    B' = [B, U, B₀],    scaling 1
 
 is exact: rank r + s, or 2r + s with the `"svd"` reading of LoRA-Init. Compression to a smaller rank goes through QR of
-both factors and an SVD of the small core between them; the dense change is never formed.
+both factors and an SVD of the small core between them; the dense change is never formed. All layers of an export then
+get one rank (`ranks`).
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,13 +24,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..dash.config import DashConfig
-from ..files.adapters import PREFIX, WEIGHTS, find_adapter
+from ..files.adapters import PREFIX, WEIGHTS, find_adapter, name_in_base
 from ..files.whole import write_folder
 from ..tuner.checking import check_config, check_weights
 from ..tuner.config import TsdConfig
 from ..tuner.directed import DirectedLayer
 from .dash import Stacked, stack_layers
 from .factors import stack_layer, truncate
+from .ranks import of_one_rank
 
 
 @dataclass(frozen=True)
@@ -37,24 +40,36 @@ class ExportReport:
 
     Attributes:
         path: The folder of the plain LoRA.
-        rank: Its rank; the largest where layers differ.
+        rank: Its rank, the same in all layers: what the layers need, filled up with zeros to a rank that servers take,
+            8 or a multiple of 16.
         errors: For a compressed export, the relative error ‖ΔW − ΔW'‖/‖ΔW‖ (Frobenius) of each layer; empty where
             exact.
+        ranks: The rank that each layer needs, without the zeros.
     """
 
     path: Path
     rank: int
     errors: dict[str, float] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
+        kind = f"plain LoRA of rank {self.rank}{self._filled()}"
         if not self.errors:
-            return f"plain LoRA of rank {self.rank}, exact: {self.path}"
+            return f"{kind}, exact: {self.path}"
         worst = max(self.errors, key=self.errors.__getitem__)
         mean = sum(self.errors.values()) / len(self.errors)
         return (
-            f"plain LoRA of rank {self.rank}: {self.path}\n"
+            f"{kind}: {self.path}\n"
             f"relative error of the change: mean {mean:.2e}, largest {self.errors[worst]:.2e} in {worst}"
         )
+
+    def _filled(self) -> str:
+        """What was filled up, for people; nothing where nothing was."""
+        least, most = min(self.ranks.values(), default=self.rank), max(self.ranks.values(), default=self.rank)
+        if least == self.rank:
+            return ""
+        needed = str(most) if least == most else f"{least} to {most}, by layer"
+        return f" (of which it needs {needed}; filled up with zeros)"
 
 
 def export_lora(
@@ -74,7 +89,8 @@ def export_lora(
             folder or hub name saved by `save_pretrained`.
         out: The folder to make; it must not exist.
         rank: Compress to at most this rank by truncated SVD, and report the relative error of each layer. Exact, at
-            rank r + s (or 2r + s with the `"svd"` reading of LoRA-Init), by default.
+            rank r + s (or 2r + s with the `"svd"` reading of LoRA-Init), by default. Either way all layers get one
+            rank, filled up with zeros to the next that servers take: 8, or a multiple of 16.
         adapter_name: The adapter of the model to export; the active one by default.
 
     Raises:
@@ -87,21 +103,23 @@ def export_lora(
         raise FileExistsError(f"{out} exists and is not overwritten. Give a new folder, or remove it first.")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank must be a positive integer, or None for an exact export; got {rank!r}.")
-    lora_config, lora_state, errors = _convert(model_or_path, adapter_name, rank)
+    lora = _convert(model_or_path, adapter_name, rank)
+    filled = of_one_rank(lora.state)
+    config = plain_config(lora.settings, filled.rank)
 
     def fill(folder: Path) -> None:
-        save_file(lora_state, folder / WEIGHTS, metadata={"format": "pt"})
-        lora_config.save_pretrained(str(folder))
+        save_file(filled.state, folder / WEIGHTS, metadata={"format": "pt"})
+        config.save_pretrained(str(folder))
 
     write_folder(out, fill)
-    ranks = [tensor.shape[0] for key, tensor in lora_state.items() if key.endswith(".lora_A.weight")]
-    return ExportReport(out, max(ranks), errors)
+    return ExportReport(out, filled.rank, lora.errors, filled.ranks)
 
 
 class Lora(NamedTuple):
-    """A plain LoRA."""
+    """A plain LoRA of scaling 1; its layers may be of unequal rank."""
 
-    config: LoraConfig
+    settings: dict[str, Any]
+    """The fields of its configuration, but for those that say its rank and scaling."""
     state: dict[str, Tensor]
     """Its tensors, under PEFT's names."""
     errors: dict[str, float]
@@ -133,7 +151,7 @@ def _convert(model_or_path: nn.Module | str | os.PathLike[str], adapter_name: st
         _check_type(config, f"Adapter {adapter_name!r}")
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
     if isinstance(config, DashConfig):
-        return _dash_as_lora(config, state, stack_layers(model, adapter_name, rank))
+        return _dash_as_lora(config, state, stack_layers(model, adapter_name, rank), model)
     return as_lora(config, state, rank)
 
 
@@ -157,7 +175,6 @@ def as_lora(config: TsdConfig, state: dict[str, Tensor], rank: int | None) -> Lo
         for key, tensor in state.items()
         if not re.search(r"\.lora_(A|B|dash|directions)\.", key)
     }
-    ranks: dict[str, int] = {}
     errors: dict[str, float] = {}
     for layer in layers:
         name = _prefixed(layer).removeprefix(PREFIX)
@@ -165,16 +182,15 @@ def as_lora(config: TsdConfig, state: dict[str, Tensor], rank: int | None) -> Lo
         if rank is not None:
             factor_a, factor_b, errors[name] = truncate(factor_a, factor_b, rank)
         kernel = state[f"{layer}.lora_A.weight"].shape[1:]
-        ranks[name] = factor_a.shape[0]
         out[_prefixed(f"{layer}.lora_A.weight")] = factor_a.reshape(-1, *kernel)
         out[_prefixed(f"{layer}.lora_B.weight")] = factor_b[(..., *(None,) * (len(kernel) - 1))]
         if bias is not None:
             out[_prefixed(f"{layer}.lora_B.bias")] = bias
     shared = {f.name: getattr(config, f.name) for f in fields(LoraConfig) if f.name != "peft_type"}
-    return Lora(_lora_config(shared, ranks), _detached(out), errors)
+    return Lora(shared, _detached(out), errors)
 
 
-def _dash_as_lora(config: DashConfig, state: dict[str, Tensor], layers: dict[str, Stacked]) -> Lora:
+def _dash_as_lora(config: DashConfig, state: dict[str, Tensor], layers: dict[str, Stacked], model: nn.Module) -> Lora:
     prefixes = tuple(f"{PREFIX}{name}." for name in layers)
     # What the adapter holds beside its layers: modules_to_save. A tuner's own tensors lie above the model.
     out = {
@@ -186,14 +202,21 @@ def _dash_as_lora(config: DashConfig, state: dict[str, Tensor], layers: dict[str
         out[f"{PREFIX}{name}.lora_A.weight"] = layer.a
         out[f"{PREFIX}{name}.lora_B.weight"] = layer.b
     shared = {
-        "target_modules": list(layers),
+        "target_modules": _targets(layers, model),
         "modules_to_save": getattr(config, "modules_to_save", None),
         "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
         **{name: getattr(config, name) for name in ("task_type", "base_model_name_or_path", "revision")},
     }
-    ranks = {name: layer.a.shape[0] for name, layer in layers.items()}
     errors = {name: layer.error for name, layer in layers.items() if layer.error is not None}
-    return Lora(_lora_config(shared, ranks), _detached(out), errors)
+    return Lora(shared, _detached(out), errors)
+
+
+def _targets(layers: Collection[str], model: nn.Module) -> list[str] | str:
+    """What `target_modules` names these layers and no others: PEFT takes a name for the end of longer ones too."""
+    modules = {name_in_base(name) for name, _ in model.named_modules()} - set(layers)
+    if not any(module.endswith(f".{layer}") for layer in layers for module in modules):
+        return list(layers)
+    return "|".join(map(re.escape, layers))
 
 
 # How a tensor is called that belongs to a tuner, and not to the model in it.
@@ -204,17 +227,16 @@ def _detached(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
 
 
-def _lora_config(shared: dict[str, Any], ranks: dict[str, int]) -> LoraConfig:
-    commonest = max(set(ranks.values()), key=list(ranks.values()).count)
-    patterns = {re.escape(name): rank for name, rank in ranks.items() if rank != commonest}
+def plain_config(settings: dict[str, Any], rank: int) -> LoraConfig:
+    """The configuration of a plain LoRA whose layers all have this rank and scaling 1."""
     return LoraConfig(
         **{
-            **shared,
-            "r": commonest,
-            "lora_alpha": commonest,  # with r, a scaling of 1
+            **settings,
+            "r": rank,
+            "lora_alpha": rank,  # with r, a scaling of 1
             "use_rslora": False,
-            "rank_pattern": patterns,
-            "alpha_pattern": dict(patterns),
+            "rank_pattern": {},
+            "alpha_pattern": {},
             "init_lora_weights": True,
             **dict.fromkeys(("eva_config", "corda_config", "lora_ga_config")),
             "loftq_config": {},

@@ -181,14 +181,23 @@ def _check_ranks(config: PeftConfig, shapes: dict[str, tuple[int, ...]]) -> None
         return  # PEFT's variants of LoRA whose factors have shapes of their own
     for key, shape in shapes.items():
         if key.endswith(".lora_A.weight"):
-            rank = _rank_of(config, key.removesuffix(".lora_A.weight"))
+            name = key.removesuffix(".lora_A.weight").removeprefix(PREFIX)
+            pattern, rank = _rank_of(config, name)
             if len(shape) < 2 or shape[0] != rank:
+                # A pattern is read as the end of a name, so that one meant for `proj_out` takes `block.proj_out` too.
+                if len(shape) >= 2 and pattern != name and f"{PREFIX}{pattern}.lora_A.weight" in shapes:
+                    raise ValueError(
+                        f"its rank_pattern gives {name!r} the rank of {pattern!r}, {rank}, and its tensor has "
+                        f"{shape[0]}; write {'^' + pattern!r} in {CONFIG}, or export the adapter again"
+                    )
                 raise ValueError(f"its {key} is of shape {shape}, and its configuration says r={rank}")
 
 
-def _rank_of(config: LoraConfig, layer: str) -> int:
+def _rank_of(config: LoraConfig, name: str) -> tuple[str, int]:
+    """The pattern that says the rank of the layer `name`, itself where none does, and that rank."""
     patterns: dict[str, int] = config.rank_pattern or {}
-    return int(patterns.get(get_pattern_key(patterns, layer.removeprefix(PREFIX)), config.r))
+    pattern = get_pattern_key(patterns, name)
+    return pattern, int(patterns.get(pattern, config.r))
 
 
 def _check_layers(config: TsdConfig, shapes: dict[str, tuple[int, ...]], whole_numbers: Collection[str]) -> None:
