@@ -8,8 +8,10 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
+from ..files.adapters import plain_name
 from ..models.matrix import unsupported
 from ..models.packed import is_quantized
+from ..models.wrapped import check_saveable
 from ..tuner.model import DirectedModel
 from ..tuner.phase import adapted_layers, warn_in_prelaunch
 from .config import DashConfig, DashType
@@ -35,6 +37,7 @@ class DashModel(DirectedModel, BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._name_targets_plainly(adapter_name)
         # A layer whose change cannot be read is found here, and not after the pre-launch.
         name, layer = next(iter(adapted_layers(model, adapter_name).items()))
         if not layer.merged and not any(tensor.is_meta for tensor in layer.parameters()):
@@ -74,7 +77,7 @@ class DashModel(DirectedModel, BaseTuner):
             )
         # The method's own configuration: one of its fields may have the name of one of ours (OFT's eps).
         super()._create_and_replace(
-            config.peft, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
+            config.peft, adapter_name, target, target_name, parent, current_key=plain_name(current_key), **kwargs
         )
         layer = getattr(parent, target_name)
         if isinstance(layer, BaseTunerLayer):
@@ -97,7 +100,9 @@ class DashModel(DirectedModel, BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
+        check_saveable(model)
         warn_in_prelaunch(config, adapted_layers(model, adapter_name), adapter_name, "is saved")
+        state_dict = cls._named_as_modules(model, state_dict)
         state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # Some methods save what is on a list of their own.
         own = tuple(f".{name}.{adapter_name}." for name in own_names(cls.own_prefix))

@@ -22,10 +22,10 @@ from ..directions.change import LowRank, check_matrix
 from ..directions.definitions import rates_on
 from ..directions.spectrum import Spectrum, as_double
 from ..distributed.sharded import is_main_process
-from ..files.adapters import name_in_base
 from ..files.whole import write_file
 from ..models.matrix import as_matrix, is_transposed, no_matrix
 from ..models.packed import dequantized, is_quantized
+from ..models.wrapped import modules_in_base
 from ..tuner.layer import TsdLayer
 from .measure import check_settings
 from .trajectory import INDEX, read_index, same_norm, step_files, step_name, write_index
@@ -205,10 +205,9 @@ class DirectionRecorder(TrainerCallback):
         """
         self.left_out = {}
         found = False
-        for full_name, layer in model.named_modules():
+        for name, layer in modules_in_base(model):
             if not isinstance(layer, LoraLayer):
                 continue
-            name = name_in_base(full_name)
             adapter = self.adapter_name or next(iter(layer.active_adapters), "default")
             if layer.merged:
                 raise ValueError(f"The adapter is merged into the weight of {name}; call unmerge_adapter() first.")

@@ -12,6 +12,7 @@ get one rank (`ranks`).
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Collection
@@ -20,15 +21,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..dash.config import DashConfig
-from ..files.adapters import PREFIX, WEIGHTS, find_adapter, name_in_base
+from ..distributed.sharded import is_sharded
+from ..files.adapters import PREFIX, WEIGHTS, find_adapter
 from ..files.whole import write_folder
+from ..models.wrapped import adapted_model, modules_in_base
 from ..tuner.checking import check_config, check_weights
 from ..tuner.config import TsdConfig
 from ..tuner.directed import DirectedLayer
+from ..tuner.phase import adapted_layers
 from .dash import Stacked, stack_layers
 from .factors import stack_layer, truncate
 from .ranks import of_one_rank
@@ -110,9 +115,35 @@ def export_lora(
     def fill(folder: Path) -> None:
         save_file(filled.state, folder / WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(str(folder))
+        check_weights(folder / WEIGHTS, config)
+        if isinstance(model_or_path, nn.Module):
+            check_names(folder / WEIGHTS, adapted_model(model_or_path))
 
     write_folder(out, fill)
     return ExportReport(out, filled.rank, lora.errors, filled.ranks)
+
+
+def check_names(path: Path, model: nn.Module) -> None:
+    """Read the file that was written, and refuse one whose tensors have names that the base's modules do not have.
+
+    PEFT passes over such a tensor, and the layer stays as it is in the base.
+
+    Raises:
+        ValueError: There is one; or it has another shape than the module's weight.
+    """
+    sizes = {name: layer.matrix_shape for name, layer in modules_in_base(model) if isinstance(layer, DirectedLayer)}
+    with safe_open(path, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118  (not a dict)
+            name, factor, _ = key.removeprefix(PREFIX).partition(".lora_")
+            if not factor:
+                continue
+            if name not in sizes:
+                raise ValueError(f"{key} was to be written, and the model has no layer {name!r}; please report it.")
+            out_size, in_size = sizes[name]
+            shape = file.get_slice(key).get_shape()
+            fits = math.prod(shape[1:]) == in_size if key.endswith("A.weight") else shape[0] == out_size
+            if not fits:
+                raise ValueError(f"{key} of shape {shape} was to be written, and {name!r} is {out_size} x {in_size}.")
 
 
 class Lora(NamedTuple):
@@ -139,16 +170,21 @@ def _convert(model_or_path: nn.Module | str | os.PathLike[str], adapter_name: st
         _check_type(config, path)
         check_weights(folder / WEIGHTS, config)
         return as_lora(config, load_file(folder / WEIGHTS), rank)
-    model = model_or_path
+    model = adapted_model(model_or_path)
     configs = getattr(model, "peft_config", {})
     if adapter_name is None:
         active = (layer.active_adapters[0] for layer in model.modules() if isinstance(layer, DirectedLayer))
         adapter_name = next(active, next(iter(configs), "default"))
     if adapter_name not in configs:
-        raise ValueError(f"The model has no adapter {adapter_name!r}; it has {sorted(configs)}.")
+        raise ValueError(f"{type(model).__name__} has no adapter {adapter_name!r}; it has {sorted(configs)}.")
     config = configs[adapter_name]
     if not isinstance(config, DashConfig):
         _check_type(config, f"Adapter {adapter_name!r}")
+    if any(is_sharded(layer) for layer in adapted_layers(model, adapter_name).values()):
+        raise ValueError(
+            f"Adapter {adapter_name!r} is sharded over processes. Save it (by the Trainer, or with the state_dict of "
+            "all processes' parts), and export the folder: export_lora(FOLDER, OUT)."
+        )
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
     if isinstance(config, DashConfig):
         return _dash_as_lora(config, state, stack_layers(model, adapter_name, rank), model)
@@ -213,7 +249,7 @@ def _dash_as_lora(config: DashConfig, state: dict[str, Tensor], layers: dict[str
 
 def _targets(layers: Collection[str], model: nn.Module) -> list[str] | str:
     """What `target_modules` names these layers and no others: PEFT takes a name for the end of longer ones too."""
-    modules = {name_in_base(name) for name, _ in model.named_modules()} - set(layers)
+    modules = {name for name, _ in modules_in_base(model)} - set(layers)
     if not any(module.endswith(f".{layer}") for layer in layers for module in modules):
         return list(layers)
     return "|".join(map(re.escape, layers))

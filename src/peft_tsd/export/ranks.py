@@ -1,10 +1,10 @@
 """One rank for all layers of an export, filled up with zeros: servers read one.
 
-llama.cpp scales each tensor by `lora_alpha` over that tensor's own rank, SGLang sizes its memory by the configuration's
-`r` alone, and neither reads a `rank_pattern`; vLLM takes ranks up to the next of 8, 16, 32, 64, ...; servers that pad to
-multiples of 16 change the scaling of what is none. So every layer gets the same rank, with scaling 1: 8, or a multiple
-of 16, which a server that rounds up would have made of it anyway. What is filled in are rows of zeros in A and columns
-of zeros in B: the product stays what it is, bit for bit.
+llama.cpp scales each tensor by `lora_alpha` over that tensor's own rank, SGLang sizes its memory by the `r` of the
+configuration alone, and neither reads a `rank_pattern`; vLLM takes ranks up to the next of 8, 16, 32, 64, ...; servers
+that pad to multiples of 16 change the scaling of what is none. So every layer gets the same rank, with scaling 1: 8,
+or a multiple of 16, which a server that rounds up would have made of it anyway. What is filled in are rows of zeros in
+A and columns of zeros in B: the product stays what it is.
 """
 
 from __future__ import annotations

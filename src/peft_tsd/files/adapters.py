@@ -29,9 +29,18 @@ PREFIX = "base_model.model."
 """What the names of tensors in an adapter's file start with."""
 
 
+# What a wrapped block has in the names of what is below it: torch.compile, FSDP1, activation checkpoints.
+_WRAPPING = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?:\.|$)")
+
+
+def plain_name(name: str) -> str:
+    """The name of a module or tensor without what torch.compile and its like have put into it."""
+    return _WRAPPING.sub("", name)
+
+
 def name_in_base(name: str) -> str:
     """The name that a module of an adapted model has in the base model, whatever the model is wrapped in."""
-    return name.split(PREFIX, 1)[-1]
+    return plain_name(name).split(PREFIX, 1)[-1]
 
 
 def find_adapter(name: str) -> Path:

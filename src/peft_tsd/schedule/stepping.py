@@ -14,11 +14,11 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from accelerate.utils import extract_model_from_parallel  # type: ignore[import-untyped]
 from torch import nn
 from torch.optim import Optimizer
 
 from ..distributed.sharded import is_main_process
+from ..models.wrapped import unwrapped
 from ..tuner.directed import DirectedLayer, Identified
 from ..tuner.phase import adapted_layers, any_layer, config_of, phase_of, steps_taken
 from .gradients import Loss, loss_of_output, weight_gradients
@@ -144,7 +144,7 @@ def identify_from_gradients(
         raise ValueError("batches is empty; give a few batches of training data.")
     if not memory_gib > 0:
         raise ValueError(f"memory_gib must be a positive number of GiB; got {memory_gib!r}.")
-    bare = extract_model_from_parallel(model, keep_torch_compile=False)
+    bare = unwrapped(model)
     for adapter in [adapter_name] if adapter_name is not None else trained_adapters(bare):
         layers = adapted_layers(bare, adapter)
         if not layers:

@@ -34,9 +34,11 @@ from ..files.adapters import (
     check_sum,
     file_in,
     no_constant,
+    plain_name,
     short,
     told,
 )
+from ..models.wrapped import adapted_model
 from .config import REFUSED_FIELDS, TsdConfig, without_weights
 from .dispatch import create_layer
 
@@ -137,8 +139,8 @@ def check_fits(folder: str | os.PathLike[str], model: nn.Module, adapter_name: s
     """
     pattern = re.compile(r"\.lora_(A|B|dash|directions|embedding_A|embedding_B)\b")
     wanted = {
-        key.replace(f".{adapter_name}", ""): tuple(tensor.shape)
-        for key, tensor in model.state_dict().items()
+        plain_name(key.replace(f".{adapter_name}", "")): tuple(tensor.shape)
+        for key, tensor in adapted_model(model).state_dict().items()
         if pattern.search(key) and f".{adapter_name}" in key
     }
     path = file_in(Path(folder), WEIGHTS)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import chain
 from typing import Any
 
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 
+from ..files.adapters import plain_name
 from ..models.packed import keep_as_stored
+from ..models.wrapped import check_saveable
 from .config import TsdConfig
 from .directed import DirectedLayer
 from .dispatch import check_experts, create_layer
@@ -72,6 +75,39 @@ class DirectedModel:
             for layer in adapted_layers(self.model, adapter_name).values():
                 layer.fixed(adapter_name).upcast()
 
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # By this PEFT names tensors in files, and finds the place of those it reads: both as in the bare model.
+        named: str = super()._remove_adapter_name_from_key(key, adapter_name)  # type: ignore[misc]
+        return plain_name(named)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        check_saveable(model)
+        found: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(  # type: ignore[misc]
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        # Some wrappers (checkpoints of activations) leave themselves out of the names in a state dict.
+        places = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in model.state_dict()}
+        return {places.get(key, key): tensor for key, tensor in found.items()}
+
+    @staticmethod
+    def _named_as_modules(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`state_dict` with the names that the modules of `model` have, by which PEFT chooses from it."""
+        tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+        names = {plain_name(name): name for name, _ in tensors}
+        return {names.get(plain_name(key), key): tensor for key, tensor in state_dict.items()}
+
+    def _name_targets_plainly(self, adapter_name: str) -> None:
+        """Take out of `target_modules`, as PEFT filled it in for "all-linear", what torch.compile puts into names."""
+        config = self.peft_config[adapter_name]
+        for holder in (config, getattr(config, "peft", config)):
+            targets = getattr(holder, "target_modules", None)
+            if isinstance(targets, (set, list, tuple)) and any(plain_name(name) != name for name in targets):
+                holder.target_modules = {plain_name(name) for name in targets}
+
     def _layers_of(self, adapter_name: str | None) -> tuple[dict[str, DirectedLayer], str]:
         adapter = self.active_adapters[0] if adapter_name is None else adapter_name
         if adapter not in self.peft_config:
@@ -96,6 +132,7 @@ class TsdModel(DirectedModel, LoraModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._name_targets_plainly(adapter_name)
         holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
         for layer in model.modules():
             if isinstance(layer, TsdLayer):
@@ -125,6 +162,8 @@ class TsdModel(DirectedModel, LoraModel):
                 f"The model already carries adapters of type {type(target).__module__}.{type(target).__name__}; a TSD "
                 "adapter cannot be added beside them. Merge or unload them first, or use a fresh model."
             )
+        if "current_key" in kwargs:  # what patterns of ranks are matched with
+            kwargs["current_key"] = plain_name(kwargs["current_key"])
         super()._create_and_replace(lora_config, adapter_name, target, *args, **kwargs)
 
     @classmethod
@@ -136,7 +175,9 @@ class TsdModel(DirectedModel, LoraModel):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
+        check_saveable(model)
         warn_in_prelaunch(config, adapted_layers(model, adapter_name), adapter_name, "is saved")
+        state_dict = cls._named_as_modules(model, state_dict)
         state: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )

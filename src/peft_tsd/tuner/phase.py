@@ -9,7 +9,7 @@ from weakref import WeakSet
 
 from torch import nn
 
-from ..files.adapters import name_in_base
+from ..models.wrapped import modules_in_base
 from .directed import DirectedLayer
 from .settings import DirectionSettings
 
@@ -19,8 +19,8 @@ Phase = Literal["pre-launch", "dash"]
 def adapted_layers(model: nn.Module, adapter: str) -> dict[str, DirectedLayer]:
     """The layers of `model` that carry `adapter`, by the name each has in the base model, in the model's order."""
     return {
-        name_in_base(name): module
-        for name, module in model.named_modules()
+        name: module
+        for name, module in modules_in_base(model)
         if isinstance(module, DirectedLayer) and module.carries(adapter)
     }
 
