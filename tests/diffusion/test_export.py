@@ -1,11 +1,7 @@
 """The exported file draws what the native adapter draws, in an interpreter that cannot import this package."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import load_file
 
 pytest.importorskip("diffusers")
@@ -15,28 +11,7 @@ from diffusers import DiffusionPipeline
 from peft_tsd.cli.main import main
 from peft_tsd.diffusion import export_diffusers, load_adapters, load_recipe, train
 from support import tiny_diffusion
-
-PROMPT = "sks block in the snow"
-
-ELSEWHERE = """
-import sys
-sys.modules["peft_tsd"] = None
-import numpy, torch
-from diffusers import DiffusionPipeline
-for job in sys.argv[1:]:
-    model, folder, name, out = job.split("|")
-    pipe = DiffusionPipeline.from_pretrained(model)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.load_lora_weights(folder, weight_name=name)
-    numpy.save(out, pipe("PROMPT", height=32, width=32, num_inference_steps=2, output_type="np",
-                         generator=torch.Generator().manual_seed(3)).images)
-""".replace("PROMPT", PROMPT)
-
-
-def image(pipe) -> np.ndarray:
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(3)
-    return pipe(PROMPT, height=32, width=32, num_inference_steps=2, output_type="np", generator=generator).images
+from support.without_package import image, images_elsewhere
 
 
 def trained(tmp_path, family, **sections):
@@ -78,7 +53,7 @@ def test_the_same_images_without_this_package(tmp_path):
         names = sorted(path.name for path in folder.adapter_lora.iterdir())
         assert names == ["kohya_lora_weights.safetensors"] * (family != "sd3") + ["pytorch_lora_weights.safetensors"]
         for name in names:
-            jobs.append("|".join(map(str, (model, folder.adapter_lora, name, tmp_path / f"{len(jobs)}.npy"))))
+            jobs.append((model, folder.adapter_lora, name))
             expected.append(drawn)
 
         keys = set(load_file(folder.adapter_lora / "pytorch_lora_weights.safetensors"))
@@ -92,9 +67,8 @@ def test_the_same_images_without_this_package(tmp_path):
             assert {"_".join(key.split("_")[:2]) for key in keys} == {"lora_unet"} | encoders
             assert {key.partition(".")[2] for key in keys} == {"lora_down.weight", "lora_up.weight", "alpha"}
 
-    subprocess.run([sys.executable, "-c", ELSEWHERE, *jobs], check=True, capture_output=True)
-    for i, drawn in enumerate(expected):
-        assert np.abs(np.load(tmp_path / f"{i}.npy") - drawn).max() < 1e-5, jobs[i]
+    for job, drawn, found in zip(jobs, expected, images_elsewhere(jobs, tmp_path)):
+        assert np.abs(found - drawn).max() < 1e-5, job
 
 
 def test_compressed_and_refused(tmp_path, capsys):

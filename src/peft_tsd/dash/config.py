@@ -110,7 +110,7 @@ class DashConfig(DirectionSettings, PeftConfig):
 
     def __setattr__(self, name: str, value: Any) -> None:
         inner = vars(self).get("peft")
-        own = name in self.__dataclass_fields__ or name == "prelaunch_notice_given"
+        own = name in self.__dataclass_fields__ or name in ("prelaunch_notice_given", "native_notice_given")
         if own:
             super().__setattr__(name, value)
         if isinstance(inner, PeftConfig) and (not own or name in _SHARED):

@@ -13,7 +13,7 @@ from ..models.matrix import unsupported
 from ..models.packed import is_quantized
 from ..models.wrapped import check_saveable
 from ..tuner.model import DirectedModel
-from ..tuner.phase import adapted_layers, warn_in_prelaunch
+from ..tuner.phase import adapted_layers, warn_in_prelaunch, warn_of_native_state
 from .config import DashConfig, DashType
 from .layer import DashLayer, own_names, with_directions
 
@@ -101,6 +101,7 @@ class DashModel(DirectedModel, BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         check_saveable(model)
+        warn_of_native_state(config, model, adapter_name)
         warn_in_prelaunch(config, adapted_layers(model, adapter_name), adapter_name, "is saved")
         state_dict = cls._named_as_modules(model, state_dict)
         state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)

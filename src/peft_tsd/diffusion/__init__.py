@@ -8,7 +8,8 @@
     ```
 
 It needs the extra `diffusion`. What one can do with a finished run: `load_adapters` puts it onto a pipeline,
-`export_diffusers` writes it as a LoRA file again, `compare_subjects` shows several side by side.
+`export_diffusers` writes it as a LoRA file again, `compare_subjects` shows several side by side. In a training
+script of one's own, `save_lora_weights` writes the LoRA file.
 """
 
 import importlib
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .adapters import load_adapters
     from .comparing import compare_subjects
-    from .export import export_diffusers
+    from .export import export_diffusers, save_lora_weights
     from .recipe import DreamBooth, load_recipe
     from .subjects import Comparison
     from .training import Result, train
@@ -30,6 +31,7 @@ __all__ = [
     "export_diffusers",
     "load_adapters",
     "load_recipe",
+    "save_lora_weights",
     "train",
 ]
 
@@ -41,6 +43,7 @@ _HOME = {
     "export_diffusers": "export",
     "load_adapters": "adapters",
     "load_recipe": "recipe",
+    "save_lora_weights": "export",
     "train": "training",
 }
 

@@ -16,6 +16,8 @@ from ..files.adapters import CONFIG
 from ..models.loading import check_target_modules
 from ..recipes.adapters import adapter_config
 from .families import PipelineFamily
+from ..tuner.checking import check_adapter
+from ..tuner.opening import load_adapter
 from .recipe import DreamBooth
 
 Adapters = dict[str, PeftModel]
@@ -81,6 +83,7 @@ def load_adapters(pipe: Any, folder: str | Path, *, is_trainable: bool = False) 
     Raises:
         FileNotFoundError: `folder` holds no adapter.
         ValueError: The pipeline lacks a component that one adapts.
+        AdapterError: One is damaged, unsafe, or for another model; the pipeline is as it was.
     """
     names = component_names(folder)
     if not names:
@@ -88,8 +91,10 @@ def load_adapters(pipe: Any, folder: str | Path, *, is_trainable: bool = False) 
     for name in names:
         if getattr(pipe, name, None) is None:
             raise ValueError(f"{str(folder)!r} adapts the {name}, which a {type(pipe).__name__} does not have.")
+    for name in names:
+        check_adapter(Path(folder) / name)
     return {
-        name: PeftModel.from_pretrained(getattr(pipe, name), str(Path(folder) / name), is_trainable=is_trainable)
+        name: load_adapter(getattr(pipe, name), Path(folder) / name, f"the {name}", is_trainable=is_trainable)
         for name in names
     }
 

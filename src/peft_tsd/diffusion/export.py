@@ -6,25 +6,88 @@ Each adapter is a LoRA of a higher rank (see `peft_tsd.export`), so the file is 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from peft import PeftConfig
-from peft.utils.save_and_load import load_peft_weights
+from peft import PeftConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..export.factors import lora_scaling, truncate
-from ..export.lora import ExportReport, as_lora
-from ..export.ranks import of_one_rank
+from ..export.lora import ExportReport, as_lora, check_rank, convert
+from ..export.pipelines import DIFFUSERS_FILE, in_component
+from ..export.ranks import OneRank, of_one_rank
 from ..files.adapters import PREFIX
-from ..files.whole import write_folder
+from ..files.whole import write_file, write_folder
+from ..models.wrapped import adapted_model
 from ..tuner.config import TsdConfig
+from ..tuner.opening import read_adapter
+from ..tuner.settings import DirectionSettings
 from .adapters import component_names
 
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
-
 KOHYA_FILE = "kohya_lora_weights.safetensors"
+
+
+class _Component(NamedTuple):
+    """The plain LoRA of one component, of scaling 1."""
+
+    name: str
+    state: dict[str, Tensor]
+    errors: dict[str, float]
+
+
+def save_lora_weights(
+    folder: str | Path,
+    *,
+    rank: int | None = None,
+    kohya: bool = False,
+    weight_name: str = DIFFUSERS_FILE,
+    **components: nn.Module | None,
+) -> ExportReport:
+    """Write the adapters of a pipeline's models as the LoRA file that `pipe.load_lora_weights` reads, exactly.
+
+    It takes the place of `get_peft_model_state_dict` and the pipeline's `save_lora_weights` at the end of diffusers'
+    training scripts:
+
+        ```py
+        >>> unet.add_adapter(TsdConfig(r=8, lora_alpha=16, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+        >>> ...  # the script's training, with advance(unet, optimizer) after each optimizer step
+        >>> save_lora_weights(args.output_dir, unet=unet, text_encoder=text_encoder_one, text_encoder_2=None)
+        >>> pipe.load_lora_weights(args.output_dir)  # anywhere, without this package
+        ```
+
+    Args:
+        folder: Where to write it; made if it is not there. A file of the same name is replaced.
+        rank: Compress to at most this rank, and report the relative error of each layer. Exact by default.
+        kohya: Also write the file that AUTOMATIC1111's and other WebUIs load; for UNets only.
+        weight_name: What the file is called.
+        components: The models by their names in the pipeline, wrapped or not; those that are None, or carry no
+            adapter, are left out. An adapter may be of `TsdConfig`, `DashConfig` or a plain `LoraConfig`.
+
+    Raises:
+        ValueError: No model carries an adapter, or one that is no LoRA; `kohya` with a transformer; or `rank` is not a
+            positive integer. Nothing is written then.
+    """
+    check_rank(rank)
+    made = []
+    for name, model in components.items():
+        if model is not None and getattr(adapted := adapted_model(model), "peft_config", None):
+            made.append(_of_model(name, adapted, rank))
+    if not made:
+        given = ", ".join(name for name, model in components.items() if model is not None)
+        raise ValueError(
+            f"There is no adapter to save ({given or 'no model was given'}); give the adapted models by their names "
+            "in the pipeline: save_lora_weights(FOLDER, unet=unet, text_encoder=text_encoder)."
+        )
+    _check_kohya(kohya, components)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    filled = _together(made)
+    _write(folder, filled, kohya, weight_name)
+    return ExportReport(folder, filled.rank, _errors(made), filled.ranks)
 
 
 def export_diffusers(
@@ -48,48 +111,71 @@ def export_diffusers(
     out = Path(out)
     if out.exists() or out.is_symlink():
         raise FileExistsError(f"{out} exists and is not overwritten. Give a new folder, or remove it first.")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ValueError(f"rank must be a positive integer, or None for an exact export; got {rank!r}.")
+    check_rank(rank)
     names = component_names(adapters)
     if not names:
         raise ValueError(f"{str(adapters)!r} holds no adapter of a pipeline; give the adapter/ of a run folder.")
+    _check_kohya(kohya, names)
+    made = [_of_folder(Path(adapters) / name, rank) for name in names]
+    filled = _together(made)
+    write_folder(out, lambda folder: _write(folder, filled, kohya, DIFFUSERS_FILE))
+    return ExportReport(out, filled.rank, _errors(made), filled.ranks)
+
+
+def _check_kohya(kohya: bool, names: Iterable[str]) -> None:
     if kohya and "transformer" in names:
         raise ValueError(
             "kohya's keys have no form for a transformer's adapter that others agree on; leave kohya out."
         )
+
+
+def _together(components: Iterable[_Component]) -> OneRank:
     tensors: dict[str, Tensor] = {}
-    errors: dict[str, float] = {}
-    for name in names:
-        layers, worse = _component(Path(adapters) / name, rank)
-        tensors |= {f"{name}.{key}": tensor for key, tensor in layers.items()}
-        errors |= {f"{name}.{layer}": error for layer, error in worse.items()}
-    filled = of_one_rank(tensors)
-    tensors = filled.state
-
-    def fill(folder: Path) -> None:
-        save_file(tensors, folder / DIFFUSERS_FILE, metadata={"format": "pt"})
-        if kohya:
-            save_file(_kohya(tensors), folder / KOHYA_FILE, metadata={"ss_network_module": "networks.lora"})
-
-    write_folder(out, fill)
-    return ExportReport(out, filled.rank, errors, filled.ranks)
+    for component in components:
+        tensors |= in_component({k: x.float().contiguous() for k, x in component.state.items()}, component.name)
+    return of_one_rank(tensors)
 
 
-def _component(folder: Path, rank: int | None) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The plain LoRA of one component, of scaling 1, by the layers' names; with the errors of its compression."""
-    config = PeftConfig.from_pretrained(str(folder))
-    state = load_peft_weights(str(folder), device="cpu")
+def _errors(components: Iterable[_Component]) -> dict[str, float]:
+    return {f"{part.name}.{layer}": error for part in components for layer, error in part.errors.items()}
+
+
+def _write(folder: Path, filled: OneRank, kohya: bool, weight_name: str) -> None:
+    write_file(folder / weight_name, partial(save_file, filled.state, metadata={"format": "pt"}))
+    if kohya:
+        content = _kohya(filled.state)
+        write_file(folder / KOHYA_FILE, partial(save_file, content, metadata={"ss_network_module": "networks.lora"}))
+
+
+def _of_folder(folder: Path, rank: int | None) -> _Component:
+    config, state = read_adapter(folder)
     if isinstance(config, TsdConfig):
-        _, found, errors = as_lora(config, state, rank)
+        _, state, errors = as_lora(config, state, rank)
     else:
-        found, errors = _scaled(config, state, rank)
-    return {key.removeprefix(PREFIX): tensor.float().contiguous() for key, tensor in found.items()}, errors
+        state, errors = _scaled(config, state, rank)
+    return _Component(folder.name, state, errors)
+
+
+def _of_model(name: str, model: nn.Module, rank: int | None) -> _Component:
+    configs: dict[str, PeftConfig] = model.peft_config  # type: ignore[assignment]
+    if any(isinstance(config, DirectionSettings) for config in configs.values()):
+        _, state, errors = convert(model, None, rank)
+    else:
+        adapter = next(iter(configs))
+        state, errors = _scaled(configs[adapter], get_peft_model_state_dict(model, adapter_name=adapter), rank)
+    return _Component(name, {key: x.detach().cpu() for key, x in state.items()}, errors)
 
 
 def _scaled(
     config: PeftConfig, state: dict[str, Tensor], rank: int | None
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """A plain LoRA with its scaling written into B, and into B's bias."""
+    """A plain LoRA with its scaling written into B, and into B's bias.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if getattr(config.peft_type, "value", config.peft_type) != "LORA" or getattr(config, "use_dora", False):
+        raise ValueError(f"An adapter of type {config.peft_type} is no plain LoRA, which is what pipelines load.")
     found, errors = dict(state), {}
     for key in [key for key in state if key.endswith(".lora_A.weight")]:
         layer = key.removesuffix(".lora_A.weight")

@@ -36,6 +36,7 @@ from ..tuner.directed import DirectedLayer
 from ..tuner.phase import adapted_layers
 from .dash import Stacked, stack_layers
 from .factors import stack_layer, truncate
+from .pipelines import DIFFUSERS_FILE, denoiser_name, in_component
 from .ranks import of_one_rank
 
 
@@ -86,12 +87,14 @@ def export_lora(
 ) -> ExportReport:
     """Write an adapter as a plain LoRA (`peft_type` LORA) into the new folder `out`.
 
-    PEFT, vLLM, diffusers and others load the result without this package. An adapter still in pre-launch is exported
-    as the LoRA it is.
+    PEFT, vLLM and others load the result without this package, and diffusers' pipelines where `model_or_path` is a
+    denoiser of theirs: the folder then has the file that `pipe.load_lora_weights` reads too. (With text encoders:
+    `peft_tsd.diffusion.save_lora_weights`.) An adapter still in pre-launch is exported as the LoRA it is.
 
     Args:
-        model_or_path: A model with TSD adapters or with directions beside another method, or (but for the latter) a
-            folder or hub name saved by `save_pretrained`.
+        model_or_path: A model with TSD adapters or with directions beside another method, wrapped (`torch.compile`,
+            DDP, Accelerate, ...) or not; or (but for directions beside another method) a folder or hub name saved by
+            `save_pretrained`.
         out: The folder to make; it must not exist.
         rank: Compress to at most this rank by truncated SVD, and report the relative error of each layer. Exact, at
             rank r + s (or 2r + s with the `"svd"` reading of LoRA-Init), by default. Either way all layers get one
@@ -106,9 +109,8 @@ def export_lora(
     out = Path(out)
     if out.exists() or out.is_symlink():
         raise FileExistsError(f"{out} exists and is not overwritten. Give a new folder, or remove it first.")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ValueError(f"rank must be a positive integer, or None for an exact export; got {rank!r}.")
-    lora = _convert(model_or_path, adapter_name, rank)
+    check_rank(rank)
+    lora = convert(model_or_path, adapter_name, rank)
     filled = of_one_rank(lora.state)
     config = plain_config(lora.settings, filled.rank)
 
@@ -117,10 +119,20 @@ def export_lora(
         config.save_pretrained(str(folder))
         check_weights(folder / WEIGHTS, config)
         if isinstance(model_or_path, nn.Module):
-            check_names(folder / WEIGHTS, adapted_model(model_or_path))
+            model = adapted_model(model_or_path)
+            check_names(folder / WEIGHTS, model)
+            if component := denoiser_name(model):
+                # Pipelines take this file before the other, which PEFT reads.
+                save_file(in_component(filled.state, component), folder / DIFFUSERS_FILE, metadata={"format": "pt"})
 
     write_folder(out, fill)
     return ExportReport(out, filled.rank, lora.errors, filled.ranks)
+
+
+def check_rank(rank: int | None) -> None:
+    """Refuse a rank that is no positive integer; None is none."""
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rank must be a positive integer, or None for an exact export; got {rank!r}.")
 
 
 def check_names(path: Path, model: nn.Module) -> None:
@@ -157,7 +169,8 @@ class Lora(NamedTuple):
     """The relative error of each layer that was compressed."""
 
 
-def _convert(model_or_path: nn.Module | str | os.PathLike[str], adapter_name: str | None, rank: int | None) -> Lora:
+def convert(model_or_path: nn.Module | str | os.PathLike[str], adapter_name: str | None, rank: int | None) -> Lora:
+    """The first half of `export_lora`: the adapter as a plain LoRA, in memory."""
     if not isinstance(model_or_path, nn.Module):
         path = os.fspath(model_or_path)
         folder = find_adapter(path)
@@ -185,7 +198,8 @@ def _convert(model_or_path: nn.Module | str | os.PathLike[str], adapter_name: st
             f"Adapter {adapter_name!r} is sharded over processes. Save it (by the Trainer, or with the state_dict of "
             "all processes' parts), and export the folder: export_lora(FOLDER, OUT)."
         )
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    with config.native_state_wanted():
+        state = get_peft_model_state_dict(model, adapter_name=adapter_name)
     if isinstance(config, DashConfig):
         return _dash_as_lora(config, state, stack_layers(model, adapter_name, rank), model)
     return as_lora(config, state, rank)

@@ -7,15 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-from safetensors import SafetensorError
-
-from ..errors import RecipeError, one_line
+from ..errors import RecipeError
 from ..files.adapters import CONFIG
 from ..models.origin import check_base, fingerprint
 from ..runs.folder import RunFolder
 from ..runs.machine import current_device
 from ..tuner.checking import check_adapter, check_onto
+from ..tuner.opening import put_onto
 from .preparing import prepare
 from .recipe import Recipe, load_recipe
 
@@ -56,10 +54,7 @@ def _evaluate(recipe: Recipe, trained: Path) -> dict[str, Any]:
     model = job.load_base()
     if not whole:
         check_base(trained, fingerprint(model), base_name)
-        try:
-            model = PeftModel.from_pretrained(model, trained)
-        except (ValueError, RuntimeError, OSError, SafetensorError) as error:
-            raise RecipeError(f"{str(trained)!r} does not load onto {base_name!r}: {one_line(error)}") from None
+        model = put_onto(model, trained, base_name)
     started = time.perf_counter()
     scores = job.scores(model.to(current_device()), "scoring")
     return {

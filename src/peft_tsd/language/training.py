@@ -32,6 +32,7 @@ from ..runs.stopping import Stop, interruptible
 from ..schedule.callback import TsdCallback
 from ..schedule.gradients import random_states_kept
 from ..tuner.checking import check_adapter, check_fits, check_onto
+from ..tuner.opening import put_onto
 from ..tuner.phase import PrelaunchWarning
 from .batches import SimilarLengthsTrainer
 from .evaluated import EvaluatedTrainer
@@ -177,7 +178,7 @@ def _trained(job: Job, base: Any, made_of: Fingerprint, stop: Stop) -> tuple[Any
             model = type(base).from_pretrained(last[0])
         else:
             check_onto(last[0], job.adapter_config, job.load_skeleton(), job.recipe.model.name)
-            model = PeftModel.from_pretrained(base, last[0], is_trainable=True)
+            model = put_onto(base, last[0], job.recipe.model.name, is_trainable=True)
         return model.to(current_device()), last[1]
 
     recipe = job.recipe

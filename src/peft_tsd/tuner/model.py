@@ -25,6 +25,7 @@ from .phase import (
     prelaunch_length,
     steps_taken,
     warn_in_prelaunch,
+    warn_of_native_state,
 )
 from .quantized import QuantizedLayer
 from .table import Directions, directions_of
@@ -176,6 +177,7 @@ class TsdModel(DirectedModel, LoraModel):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         check_saveable(model)
+        warn_of_native_state(config, model, adapter_name)
         warn_in_prelaunch(config, adapted_layers(model, adapter_name), adapter_name, "is saved")
         state_dict = cls._named_as_modules(model, state_dict)
         state: dict[str, Tensor] = super()._get_adapter_state_dict(

@@ -117,3 +117,18 @@ def warn_in_prelaunch(
         PrelaunchWarning,
         stacklevel=3,
     )
+
+
+def warn_of_native_state(config: DirectionSettings, model: nn.Module, adapter: str) -> None:
+    """Say once for each config that the state of an adapter put into a denoiser of diffusers' is not what pipelines
+    load: of its tensors they read LoRA's, and pass over what was learned along the directions."""
+    kinds = {(kind.__name__, kind.__module__.partition(".")[0]) for kind in type(model).__mro__}
+    if config.native_notice_given or ("ModelMixin", "diffusers") not in kinds:
+        return
+    config.native_notice_given = True
+    warnings.warn(
+        f"The state of adapter {adapter!r} ({config.method}) is for going on with training; save_lora_weights of a "
+        "pipeline would write a file that load_lora_weights reads only in part. Write the file for pipelines with "
+        "peft_tsd.diffusion.save_lora_weights(FOLDER, unet=unet), or export_lora(unet, FOLDER).",
+        stacklevel=4,
+    )

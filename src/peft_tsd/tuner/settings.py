@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -71,6 +72,9 @@ class DirectionSettings:
 
     # The warning about a missing transition is given once a process, and held while a schedule runs.
     prelaunch_notice_given = False
+
+    # The same for that about the state of a denoiser which a pipeline could not read.
+    native_notice_given = False
 
     @property
     def method(self) -> str:
@@ -145,6 +149,15 @@ class DirectionSettings:
         """
         cls.check_folder(Path(pretrained_model_name_or_path) / (subfolder or ""))
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)  # type: ignore[misc]
+
+    @contextmanager
+    def native_state_wanted(self) -> Iterator[None]:
+        """Within, the state of an adapter is asked for by one who knows what it is, and nothing is warned of."""
+        before, self.native_notice_given = self.native_notice_given, True
+        try:
+            yield
+        finally:
+            self.native_notice_given = before
 
     @property
     def direction_slots(self) -> int:
