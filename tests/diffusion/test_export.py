@@ -1,13 +1,17 @@
 """The exported file draws what the native adapter draws, in an interpreter that cannot import this package."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("diffusers")
 
 from diffusers import DiffusionPipeline
 
+from peft_tsd import AdapterError
 from peft_tsd.cli.main import main
 from peft_tsd.diffusion import export_diffusers, load_adapters, load_recipe, train
 from support import tiny_diffusion
@@ -71,6 +75,36 @@ def test_the_same_images_without_this_package(tmp_path):
         assert np.abs(found - drawn).max() < 1e-5, job
 
 
+def _pickled(folder) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+
+def _outside(folder) -> None:
+    weights = folder / "adapter_model.safetensors"
+    weights.rename(folder.parent / "elsewhere")
+    weights.symlink_to(folder.parent / "elsewhere")
+
+
+def _not_finite(folder) -> None:
+    state = load_file(folder / "adapter_model.safetensors")
+    key = next(key for key in state if key.endswith("lora_B.weight"))
+    save_file(state | {key: state[key] * float("nan")}, folder / "adapter_model.safetensors")
+
+
+def _too_large(folder) -> None:
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"r": 10**9, "rank_pattern": {}}))
+
+
+DAMAGED = {"pickled": _pickled, "outside": _outside, "not finite": _not_finite, "too large": _too_large}
+DAMAGE = {
+    "pickled": "which is pickled and not read",
+    "outside": "is a link out of its folder",
+    "not finite": "holds NaN or Inf",
+    "too large": "says r=1000000000",
+}
+
+
 def test_compressed_and_refused(tmp_path, capsys):
     folder = trained(tmp_path, "sd15")
     out = tmp_path / "small"
@@ -99,6 +133,16 @@ def test_compressed_and_refused(tmp_path, capsys):
     with pytest.raises(ValueError, match="leave kohya out"):
         export_diffusers(tmp_path / "flow", tmp_path / "x", kohya=True)
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "sd15")
+    modules = [name for part in (pipe.unet, pipe.text_encoder) for name, _ in part.named_modules()]
+    for damage, said in DAMAGE.items():
+        harm = tmp_path / damage
+        shutil.copytree(folder.adapter, harm)
+        DAMAGED[damage](harm / "unet")
+        for read in (lambda: load_adapters(pipe, harm), lambda: export_diffusers(harm, tmp_path / "x")):  # noqa: B023
+            with pytest.raises(AdapterError, match=said):
+                read()
+        assert [name for part in (pipe.unet, pipe.text_encoder) for name, _ in part.named_modules()] == modules
+    assert not (tmp_path / "x").exists()
     with pytest.raises(ValueError, match=r"adapts the transformer, which a StableDiffusionPipeline does not have"):
         load_adapters(pipe, tmp_path / "flow")
     with pytest.raises(FileNotFoundError, match="holds no adapter"):

@@ -73,7 +73,7 @@ class DashConfig(DirectionSettings, PeftConfig):
         default=None, metadata={"help": "Configuration of the method beside which directions are learned."}
     )
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, how_to_load: str | None) -> None:
         if isinstance(self.peft, dict):  # from a file
             self.peft = PeftConfig.from_peft_type(**self.peft)
         if not isinstance(self.peft, PeftConfig):

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ..dash.config import DashConfig
 from ..distributed.sharded import is_sharded
 from ..files.adapters import PREFIX, WEIGHTS, find_adapter
+from ..files.cards import copy_tokenizer, export_text, write_card
 from ..files.whole import write_folder
 from ..models.wrapped import adapted_model, modules_in_base
 from ..tuner.checking import check_config, check_weights
@@ -85,7 +86,8 @@ def export_lora(
     rank: int | None = None,
     adapter_name: str | None = None,
 ) -> ExportReport:
-    """Write an adapter as a plain LoRA (`peft_type` LORA) into the new folder `out`.
+    """Write an adapter as a plain LoRA (`peft_type` LORA) into the new folder `out`, with a model card, and with the
+    tokenizer that lies in the adapter's folder.
 
     PEFT, vLLM and others load the result without this package, and diffusers' pipelines where `model_or_path` is a
     denoiser of theirs: the folder then has the file that `pipe.load_lora_weights` reads too. (With text encoders:
@@ -118,12 +120,18 @@ def export_lora(
         save_file(filled.state, folder / WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(str(folder))
         check_weights(folder / WEIGHTS, config)
+        component = None
         if isinstance(model_or_path, nn.Module):
             model = adapted_model(model_or_path)
             check_names(folder / WEIGHTS, model)
             if component := denoiser_name(model):
                 # Pipelines take this file before the other, which PEFT reads.
                 save_file(in_component(filled.state, component), folder / DIFFUSERS_FILE, metadata={"format": "pt"})
+        else:
+            copy_tokenizer(find_adapter(os.fspath(model_or_path)), folder)
+        base = config.base_model_name_or_path
+        text = export_text(filled.rank, not lora.errors, base, component is not None)
+        write_card(folder, text, base, ("lora", "peft-tsd"))
 
     write_folder(out, fill)
     return ExportReport(out, filled.rank, lora.errors, filled.ranks)

@@ -16,7 +16,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from ..errors import RecipeError, check_choice
-from ..models.finding import Source, locate
+from ..models.finding import Source, locate, recorded_name
 from ..models.loading import check_target_modules, load_config, load_model, load_skeleton, load_tokenizer
 from ..recipes.adapters import adapter_config
 from ..recipes.methods import METHODS, Row
@@ -159,8 +159,8 @@ def prepare(recipe: Recipe, *, to_train: bool = True) -> Job:
         trains_model = to_train and METHODS[recipe.method].trains == "model"
         dtype = "float32" if trains_model else recipe.model.dtype
         model = load_model(source, config, task.auto_class, dtype, recipe.model.quantization)
-        # A GGUF file carries a title, which the saved adapter would otherwise name as its base model.
-        model.name_or_path = source.name
+        # What the saved adapter and its card name as the base model; a GGUF file would have it called by its title.
+        model.name_or_path = model.config._name_or_path = recorded_name(recipe.model.name)
         return model
 
     def skeleton() -> Any:

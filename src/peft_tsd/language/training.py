@@ -41,6 +41,10 @@ from .progress import Record, begun
 from .recipe import Recipe
 from .tasks.classification import Classification
 
+# What PEFT warns of where the base model is no repository of the hub, but a package's or a file. No recipe changes the
+# vocabulary, which is what it would look for there.
+NO_CONFIG = "Could not find a config file in"
+
 
 class Result(NamedTuple):
     """What a run ends with."""
@@ -124,7 +128,8 @@ def _continue(job: Job, facts: dict[str, Any], stop: Stop) -> Result:
         if kept is not None and not kept.exists():
             write_folder(kept, lambda path: _save(model, job.tokenizer, path))
         if job.method.directions == "own" and not folder.adapter_lora.exists():
-            log.info("exported %s", export_lora(model, folder.adapter_lora))
+            # From the folder, so that the tokenizer comes along.
+            log.info("exported %s", export_lora(folder.adapter, folder.adapter_lora))
         for adapter in (folder.adapter, folder.adapter_lora):
             if adapter.exists() and not (adapter / ORIGIN).exists():
                 write_origin(adapter, made_of)
@@ -206,6 +211,7 @@ def _trained(job: Job, base: Any, made_of: Fingerprint, stop: Stop) -> tuple[Any
     with warnings.catch_warnings():
         # A run that is stopped in its pre-launch is going to be continued.
         warnings.simplefilter("ignore", PrelaunchWarning)
+        warnings.filterwarnings("ignore", NO_CONFIG)
         try:
             trainer.train(resume_from_checkpoint=str(last[0]) if last else None)
         except TransitionError as error:
@@ -276,5 +282,7 @@ def _training_arguments(job: Job) -> TrainingArguments:
 
 
 def _save(model: Any, tokenizer: Any, path: Path) -> None:
-    model.save_pretrained(path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", NO_CONFIG)
+        model.save_pretrained(path)
     tokenizer.save_pretrained(path)

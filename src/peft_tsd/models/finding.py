@@ -70,6 +70,15 @@ def locate(
     return Source(str(path.parent), {**options, "gguf_file": path.name})
 
 
+def recorded_name(name: str) -> str:
+    """What an adapter calls its base, the model of this name: something that another machine can use too.
+
+    What lies in a package is called as it was given, and a GGUF file by its own name; where they lie is a matter of
+    this machine.
+    """
+    return Path(name).name if name.endswith(".gguf") and not name.startswith(PACKAGE) else name
+
+
 def _in_package(name: str, key: str) -> Path:
     package, _, inner = name.removeprefix(PACKAGE).partition("/")
     if not package.isidentifier():

@@ -123,7 +123,7 @@ class TsdConfig(DirectionSettings, LoraConfig):
         default="svd", metadata={"help": "How LoRA-Init starts from the directions: svd or orthonormal."}
     )
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, how_to_load: str | None) -> None:
         super().__post_init__()
         self.peft_type = TsdType.TSD
         # Not a field: whether this is the configuration of weights that exist.

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from ..directions.definitions import Selection
+from ..files.adapters import CONFIG, WEIGHTS
+from ..files.cards import HOW_TO_LOAD, native_text, write_card
+from ..files.whole import write_text
 
 InitReading = Literal["svd", "orthonormal"]
 
@@ -65,6 +69,9 @@ class DirectionSettings:
         default="tsd", metadata={"help": "Which directions: tsd, or as a control top, bottom, random, random-change."}
     )
     eps: float = field(default=1e-6, metadata={"help": "Keeps a change rate finite where σ is zero."})
+
+    # Not a field of the configuration: what its file says to one who has not this package, and reads it.
+    how_to_load: InitVar[str | None] = None
 
     # Not fields. How an adapter's files are checked: `registration` sets it, for the check knows layers, and so stands
     # above this module.
@@ -149,6 +156,17 @@ class DirectionSettings:
         """
         cls.check_folder(Path(pretrained_model_name_or_path) / (subfolder or ""))
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)  # type: ignore[misc]
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's; the file also says what it is and how it is loaded, and so does the card of saved weights."""
+        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+        folder = Path(save_directory)
+        content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        content["how_to_load"] = HOW_TO_LOAD
+        write_text(folder / CONFIG, json.dumps(content, indent=2, sort_keys=True))
+        if (folder / WEIGHTS).is_file():
+            base = content.get("base_model_name_or_path")
+            write_card(folder, native_text(self.method, base), base, ("peft-tsd", "task-specific-directions"))
 
     @contextmanager
     def native_state_wanted(self) -> Iterator[None]:
