@@ -73,6 +73,15 @@ def test_ranks_that_servers_take():
     ]  # fmt: skip
 
 
+def test_a_rank_that_is_asked_for_is_had(tmp_path):
+    """For servers that want 16 where 8 would do."""
+    model = unequal({"method": "lora-init", "init_reading": "orthonormal"})
+    assert export_lora(model, tmp_path / "8").rank == 8
+    report = export_lora(model, tmp_path / "16", rank=16)
+    assert (report.rank, set(report.ranks.values())) == (16, {4})
+    assert max(report.errors.values()) < 1e-6
+
+
 @pytest.mark.parametrize("kind", ["tsd", "dash"])
 def test_a_layer_whose_name_ends_that_of_others(kind, tmp_path):
     if kind == "tsd":

@@ -50,9 +50,10 @@ def test_a_native_adapter_says_how_it_is_loaded(kind, tmp_path):
     assert config.to_dict() == type(config)(**config.to_dict()).to_dict()
 
 
-def test_a_configuration_alone_has_no_card(tmp_path):
+def test_a_card_without_weights_beside_it_is_somebody_elses(tmp_path):
+    (tmp_path / "README.md").write_text("# My notes\n")
     TsdConfig(target_modules=["q_proj"]).save_pretrained(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
+    assert (tmp_path / "README.md").read_text() == "# My notes\n"
 
 
 def test_an_adapter_of_another_name_and_one_that_was_injected(tmp_path):

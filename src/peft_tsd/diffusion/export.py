@@ -85,7 +85,7 @@ def save_lora_weights(
     _check_kohya(kohya, components)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    filled = _together(made)
+    filled = _together(made, rank)
     _write(folder, filled, kohya, weight_name)
     return ExportReport(folder, filled.rank, _errors(made), filled.ranks)
 
@@ -117,7 +117,7 @@ def export_diffusers(
         raise ValueError(f"{str(adapters)!r} holds no adapter of a pipeline; give the adapter/ of a run folder.")
     _check_kohya(kohya, names)
     made = [_of_folder(Path(adapters) / name, rank) for name in names]
-    filled = _together(made)
+    filled = _together(made, rank)
     write_folder(out, lambda folder: _write(folder, filled, kohya, DIFFUSERS_FILE))
     return ExportReport(out, filled.rank, _errors(made), filled.ranks)
 
@@ -129,11 +129,11 @@ def _check_kohya(kohya: bool, names: Iterable[str]) -> None:
         )
 
 
-def _together(components: Iterable[_Component]) -> OneRank:
+def _together(components: Iterable[_Component], rank: int | None) -> OneRank:
     tensors: dict[str, Tensor] = {}
     for component in components:
         tensors |= in_component({k: x.float().contiguous() for k, x in component.state.items()}, component.name)
-    return of_one_rank(tensors)
+    return of_one_rank(tensors, at_least=rank)
 
 
 def _errors(components: Iterable[_Component]) -> dict[str, float]:

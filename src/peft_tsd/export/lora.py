@@ -100,7 +100,7 @@ def export_lora(
         out: The folder to make; it must not exist.
         rank: Compress to at most this rank by truncated SVD, and report the relative error of each layer. Exact, at
             rank r + s (or 2r + s with the `"svd"` reading of LoRA-Init), by default. Either way all layers get one
-            rank, filled up with zeros to the next that servers take: 8, or a multiple of 16.
+            rank, filled up with zeros to the next that servers take: 8, or a multiple of 16; not below the one given.
         adapter_name: The adapter of the model to export; the active one by default.
 
     Raises:
@@ -113,7 +113,7 @@ def export_lora(
         raise FileExistsError(f"{out} exists and is not overwritten. Give a new folder, or remove it first.")
     check_rank(rank)
     lora = convert(model_or_path, adapter_name, rank)
-    filled = of_one_rank(lora.state)
+    filled = of_one_rank(lora.state, at_least=rank)
     config = plain_config(lora.settings, filled.rank)
 
     def fill(folder: Path) -> None:

@@ -36,15 +36,16 @@ def served_rank(rank: int) -> int:
     return 8 if rank <= 8 else -(-rank // 16) * 16
 
 
-def of_one_rank(state: Mapping[str, Tensor]) -> OneRank:
+def of_one_rank(state: Mapping[str, Tensor], at_least: int | None = None) -> OneRank:
     """A LoRA's tensors with zeros up to the rank that servers take.
 
     Args:
         state: Named as PEFT names them: A (r, in) or (r, in, kh, kw), B (out, r) or (out, r, 1, 1), each layer with an
             r of its own, and whatever else there is. At least one layer.
+        at_least: A rank that the result shall have even if no layer needs it, rounded up as any other.
     """
     ranks = {key.removesuffix(_A): tensor.shape[0] for key, tensor in state.items() if key.endswith(_A)}
-    rank = served_rank(max(ranks.values()))
+    rank = served_rank(max(*ranks.values(), at_least or 1))
     filled = dict(state)
     for layer, own in ranks.items():
         if own < rank:

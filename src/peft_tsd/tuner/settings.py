@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from ..directions.definitions import Selection
 from ..files.adapters import CONFIG, WEIGHTS
-from ..files.cards import HOW_TO_LOAD, native_text, write_card
+from ..files.cards import CARD, HOW_TO_LOAD, native_text, write_card
 from ..files.whole import write_text
 
 InitReading = Literal["svd", "orthonormal"]
@@ -158,13 +158,14 @@ class DirectionSettings:
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's; the file also says what it is and how it is loaded, and so does the card of saved weights."""
+        """As PEFT's; the file also says what it is and how it is loaded, and so does the model card beside it."""
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
         folder = Path(save_directory)
         content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         content["how_to_load"] = HOW_TO_LOAD
         write_text(folder / CONFIG, json.dumps(content, indent=2, sort_keys=True))
-        if (folder / WEIGHTS).is_file():
+        # transformers saves an injected adapter's weights after its configuration.
+        if (folder / WEIGHTS).is_file() or not (folder / CARD).is_file():
             base = content.get("base_model_name_or_path")
             write_card(folder, native_text(self.method, base), base, ("peft-tsd", "task-specific-directions"))
 

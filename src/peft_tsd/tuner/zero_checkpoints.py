@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..distributed import zero
-from ..errors import one_line
+from ..errors import AdapterError, one_line
 from ..files.adapters import PREFIX, WEIGHTS
+from .checking import check_weights
 from .directed import DirectedLayer
-from .phase import steps_taken
+from .phase import config_of, steps_taken
 
 
 def restore(layers: Mapping[str, DirectedLayer], adapter: str, step: int, output: str) -> None:
@@ -36,8 +37,9 @@ def restore(layers: Mapping[str, DirectedLayer], adapter: str, step: int, output
         "with PeftModel.from_pretrained(base, CHECKPOINT, is_trainable=True)."
     )
     try:
+        check_weights(path, config_of(layers, adapter))
         saved = load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (AdapterError, OSError, SafetensorError) as error:
         raise ValueError(
             f"The directions at step {step} cannot be read from {str(path)!r}: {one_line(error)}. {advice}"
         ) from None
