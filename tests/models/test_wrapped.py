@@ -45,9 +45,9 @@ def one_process() -> None:
 
 
 @pytest.fixture(autouse=True)
-def run_as_written():
+def run_as_written(request):
     """Compiled modules are there with their names, and nothing is compiled, which takes a minute a case."""
-    with torch.compiler.set_stance("force_eager"):
+    with torch.compiler.set_stance("default" if request.node.get_closest_marker("long") else "force_eager"):
         yield
 
 
@@ -200,6 +200,30 @@ def test_injected_without_a_peft_model(tmp_path):
         export_lora(wrapped, tmp_path / str(i))
         found = output(PeftModel.from_pretrained(tiny.llama(), tmp_path / str(i)))
         torch.testing.assert_close(found, output(model.eval()), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("source", ["weight", "gradient"])
+def test_directions_from_gradients_of_what_was_compiled_before(source):
+    """Hooks are not called in a block that was compiled without them."""
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    found = []
+    for wrap in (lambda block: block, compiled, in_place):
+        torch.manual_seed(0)
+        settings = {"prelaunch_steps": 0, "direction_source": source, "target_modules": ["0.0", "1.0"], "r": 2}
+        base = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2)))
+        model = get_peft_model(base, tiny.config("lora-dash", **settings))
+        inner = model.base_model.model
+        for i in range(2):
+            inner[i] = wrap(inner[i])
+        model(x).square().sum().backward()
+        model.zero_grad()
+        identify_from_gradients(model, [x], loss=lambda model, batch: model(batch).square().sum())
+        found.append(model.directions())
+    for other in found[1:]:
+        assert list(other) == list(found[0]) == ["0.0", "1.0"]
+        for name, layer in found[0].items():
+            torch.testing.assert_close(other[name].u.abs(), layer.u.abs(), rtol=1e-4, atol=1e-4)
 
 
 def test_refused_by_name(tmp_path):

@@ -97,7 +97,7 @@ def place(tmp_path_factory):
     return tmp_path_factory.mktemp("changed")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_hostile_files(data, whole, place):
     choices = Drawn(data)

@@ -15,9 +15,9 @@ from ..errors import RecipeError, one_line
 from ..files.adapters import CONFIG
 from ..models.loading import check_target_modules
 from ..recipes.adapters import adapter_config
-from .families import PipelineFamily
 from ..tuner.checking import check_adapter
 from ..tuner.opening import load_adapter
+from .families import PipelineFamily
 from .recipe import DreamBooth
 
 Adapters = dict[str, PeftModel]

@@ -156,7 +156,10 @@ def identify_from_gradients(
             find = partial(along_gradients, bare, batches, loss)
         else:
             find = partial(_from_gradients, bare, batches, loss, memory_gib * 2**30)
-        if not transition(layers, adapter, optimizer, find):
+        # What was compiled before a hook was put on a layer in it does not call the hook.
+        with torch.compiler.set_stance("force_eager"):
+            made = transition(layers, adapter, optimizer, find)
+        if not made:
             raise ValueError(
                 f"No gradient but zero reached {next(iter(layers))!r} or any of {len(layers)} layers: give a loss "
                 "that depends on them, and batches whose labels are not all ignored; where activations are "
