@@ -33,6 +33,7 @@ def test_what_the_parser_answers_loads_nothing(given):
         assert "explore" in done.stdout
 
 
+@pytest.mark.long
 def test_a_verb_is_carried_out():
     done = start("recipes")
     assert "smollm2-family" in done.stdout

@@ -71,6 +71,7 @@ def train(pipe, kind, models, steps):
                 advance(model, optimizer)
 
 
+@pytest.mark.long
 def test_the_file_draws_the_same_where_this_package_is_not(tmp_path):
     jobs, expected = [], []
     for family in CLASSES:
@@ -88,6 +89,7 @@ def test_the_file_draws_the_same_where_this_package_is_not(tmp_path):
         assert np.abs(found - drawn).max() < 1e-5, job
 
 
+@pytest.mark.long
 def test_export_lora_of_a_denoiser_is_read_by_pipelines_and_by_peft(tmp_path):
     jobs, expected = [], []
     for family, name in (("sd15", "unet"), ("sd3", "transformer")):

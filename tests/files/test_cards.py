@@ -93,6 +93,7 @@ def test_the_export_says_that_it_needs_nothing_and_has_the_tokenizer(tmp_path):
     assert not (tmp_path / "linked").exists()
 
 
+@pytest.mark.long
 def test_who_forgot_the_import_finds_what_to_do(tmp_path):
     """PEFT's KeyError is not ours to word; the file that it stopped at says what to do."""
     trained(tiny.config()).save_pretrained(tmp_path)
