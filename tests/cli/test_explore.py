@@ -34,6 +34,20 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_the_base_that_an_adapter_or_a_run_names(place, capsys):
+    config = json.loads((place / "adapter" / "adapter_config.json").read_text())
+    (place / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "base"}))
+    assert main(["explore", "adapter", "--out", "found", "--modules", "v_proj"]) == 0
+    run = place / "run"
+    run.mkdir()
+    (place / "adapter").rename(run / "adapter")
+    (run / "recipe.yaml").write_text("model: {name: base}\n")
+    assert main(["explore", "run", "--out", "again", "--modules", "v_proj"]) == 0
+    capsys.readouterr()
+    assert main(["explore", "full", "--out", "none"]) == 2
+    assert "'full' names no base model; give it before: peft-tsd explore BASE full" in capsys.readouterr().err
+
+
 def test_everything_at_once(place, capsys):
     command = ["explore", "base", "full", "adapter", "--out", "found", "--trajectory", "rates", "--true", "4"]
     assert main([*command, "--num-directions", "3"]) == 0

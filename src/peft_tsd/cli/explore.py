@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 from ..errors import InputError
 from ..explore.into import explore_into
 from ..explore.report import finding
 from ..explore.results import Agreement, Exploration, Overlap, WeightChange
+from ..files.adapters import CONFIG
+from ..recipes.reading import parse_yaml
 from .screen import DONE, near, screen
+from .values import adapter_folder
 
 
 def explore(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out).expanduser()
+    base = arguments.base or _named_base(arguments.tuned[0])
     with screen():
         try:
             result = explore_into(
                 out,
-                arguments.base,
+                base,
                 arguments.tuned,
                 num_directions=arguments.num_directions,
                 eps=arguments.eps,
@@ -34,6 +40,27 @@ def explore(arguments: argparse.Namespace) -> int:
             raise InputError(" ".join(str(error).split())) from None
     print("\n".join([*report_lines(*result), "", f"report   {near(out / 'report.html')}"]))
     return DONE
+
+
+def _named_base(tuned: str) -> str:
+    """The base model that a run's recipe, or an adapter's configuration, names.
+
+    Raises:
+        InputError: None does.
+    """
+    recipe, config = Path(tuned).expanduser() / "recipe.yaml", adapter_folder(tuned) / CONFIG
+    found: Any = None
+    try:
+        if recipe.is_file():
+            content = parse_yaml(recipe.read_text(encoding="utf-8"), str(recipe))
+            found = content["model"]["name"]
+        elif config.is_file():
+            found = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError, OSError):
+        found = None
+    if not isinstance(found, str) or not found:
+        raise InputError(f"{tuned!r} names no base model; give it before: peft-tsd explore BASE {tuned} --out DIR")
+    return found
 
 
 SHOWN_WEIGHTS = 5

@@ -48,7 +48,12 @@ def make_parser() -> argparse.ArgumentParser:
     export.set_defaults(run=("language", "export"))
 
     explore = verbs.add_parser("explore", help="show what fine-tuning changed, along each weight's core directions")
-    explore.add_argument("base", metavar="BASE", help="the model before: a hub name, a folder, or a GGUF file")
+    explore.add_argument(
+        "base",
+        metavar="BASE",
+        nargs="?",
+        help="the model before: a hub name, a folder, or a GGUF file; without it, what a run or an adapter names",
+    )
     explore.add_argument(
         "tuned", metavar="TUNED", nargs="+", help="the model after: a whole checkpoint, an adapter, or a run folder"
     )
