@@ -54,6 +54,8 @@ def train(processes: int, *specs: dict) -> list[dict]:
     for result in results:
         assert len(result["digests"]) == processes
         assert len(set(result["digests"])) == 1, "the processes hold different directions"
+        assert not [name for name in result["sent"] if "directions" in name and not name.endswith(("a0", "b0"))]
+        assert set(result["held"]) == {"Tensor"}, "directions are not whole in every process"
     return results
 
 
@@ -72,6 +74,7 @@ def test_two_processes(tmp_path):
     cases = [
         ("ddp", "lora-tsd", {}),
         ("ddp", "lora-init", {"init_reading": "orthonormal"}),
+        ("ddp", "lora-dash", {"init_lora_weights": "pissa"}),
         ("fsdp2", "lora-dash", GRADIENTS),
         ("fsdp2", "lora-tsd", AUTO),
     ]
@@ -82,6 +85,26 @@ def test_two_processes(tmp_path):
     for (engine, method, changes), result in zip(cases, train(2, *specs), strict=True):
         assert result["kind"] == ("DTensor" if engine == "fsdp2" else "Tensor")
         assert_same(result, alone(method, **changes))
+
+
+def test_two_forward_passes_before_a_backward_pass(tmp_path):
+    """What DDP writes to in between, no backward pass can use."""
+    specs = [spec_of(tmp_path, "torch", "ddp", method, twice=True) for method in ("lora-tsd", "loha")]
+    for result, method in zip(train(2, *specs), ("lora-tsd", "loha"), strict=True):
+        assert not [name for name in result["sent"] if "directions" in name]
+        assert_same(result, alone(method))
+
+
+@pytest.mark.long
+def test_processes_that_begin_with_different_directions_are_refused_in_each(tmp_path):
+    for spec in (spec_of(tmp_path, "torch", "ddp", apart=1), spec_of(tmp_path, "trainer", "fsdp2", apart=1)):
+        done = launch(2, spec)
+        assert done.returncode != 0
+        for rank in range(2):
+            error = (
+                rf"\[rank{rank}\]: ValueError: Process 1 holds other directions of adapter 'default' than process 0"
+            )
+            assert re.search(error, done.stderr), done.stderr[-3000:]
 
 
 @pytest.mark.long
@@ -122,6 +145,12 @@ def whole(tmp_path_factory):
         return done[engine]
 
     return get
+
+
+@pytest.mark.long
+def test_fsdp2_with_the_model_of_the_main_process(tmp_path, whole):
+    """Accelerate's cpu_ram_efficient_loading sends the whole state dict of that process around."""
+    assert_same(*train(2, spec_of(tmp_path, "trainer", "fsdp2", from_main=True)), whole("fsdp2")[1])
 
 
 @pytest.mark.long

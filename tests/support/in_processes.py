@@ -25,6 +25,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from peft_tsd import DashConfig, TsdCallback, advance, identify_from_gradients
 from peft_tsd.distributed.sharded import world
 from peft_tsd.tuner import layer
+from peft_tsd.tuner.held import FixedDirections
 from support import directions, tiny
 
 GLOBAL_BATCH = 4
@@ -45,6 +46,11 @@ class Fails(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         if state.global_step == self.step and dist.get_rank() == 1:
             raise RuntimeError("one process has had enough")
+
+
+def sent_at_every_step(wrapped) -> list[str]:
+    """The buffers that DDP sends around before each forward pass; none where it is not DDP."""
+    return sorted(getattr(wrapped, "named_module_buffers", ()))
 
 
 def in_trainer(spec, model) -> list[float]:
@@ -101,10 +107,11 @@ def in_trainer(spec, model) -> list[float]:
             auto_wrap_policy="transformer_based_wrap",
             transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
             state_dict_type="SHARDED_STATE_DICT",
-            cpu_ram_efficient_loading=False,
+            cpu_ram_efficient_loading=spec.get("from_main", False),
         )
         trainer.is_fsdp_enabled = True
     trainer.train(resume_from_checkpoint=spec.get("resume"))
+    spec["sent"] = sent_at_every_step(trainer.model_wrapped)
     if engine == "fsdp2":
         # What Accelerate puts together for save_model() is not there yet on a CPU.
         state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -148,6 +155,8 @@ def in_own_loop(spec, model) -> list[float]:
         backward = accelerator.backward
         data = [row for batch in loader for row in ({k: v[i] for k, v in batch.items()} for i in range(share))]
 
+    spec["sent"] = sent_at_every_step(wrapped)
+
     def batch(step: int) -> dict[str, torch.Tensor]:
         start = step * share if spec["loop"] == "accelerate" else step * GLOBAL_BATCH + rank * share
         chosen = [data[(start + i) % len(data)] for i in range(share)]
@@ -158,6 +167,8 @@ def in_own_loop(spec, model) -> list[float]:
     losses = []
     for step in range(spec["steps"]):
         loss = wrapped(**batch(step)).loss
+        if spec.get("twice"):  # two forward passes before one backward pass, as a preference loss has
+            loss = (loss + wrapped(**batch(step)).loss) / 2
         if spec["engine"].startswith("zero"):
             wrapped.backward(loss)
             wrapped.step()
@@ -181,19 +192,24 @@ def trained(spec) -> dict:
     """What a run ends with, but for the digests of the other processes."""
     config = tiny.config(spec["method"], **spec["changes"]) if spec["method"] != "loha" else LOHA
     model = get_peft_model(tiny.llama(), config)
+    if spec.get("apart") == int(os.environ.get("RANK", 0)):  # loaded in another process alone
+        next(module for module in model.modules() if isinstance(module, FixedDirections)).step += 1
     losses = (in_trainer if spec["loop"] in ("trainer", "trl") else in_own_loop)(spec, model)
     found = model.directions()
     digest = hashlib.sha256()
     for one in found.values():
         for tensor in (one.indices, one.rates, one.u, one.v):
             digest.update(tensor.contiguous().numpy().tobytes())
-    fixed = next(module for module in model.modules() if isinstance(module, layer.FixedDirections))
+    fixed = next(module for module in model.modules() if isinstance(module, FixedDirections))
+    first = next(parameter for parameter in model.parameters() if parameter.requires_grad)
     return {
         "losses": losses,
         "identified_at": found.prelaunch_steps,
         "found": directions.of(model),
         "digests": [digest.hexdigest()],
-        "kind": "split" if hasattr(fixed.step, "ds_tensor") else type(fixed.step.data).__name__,
+        "kind": "split" if hasattr(first, "ds_tensor") else type(first.data).__name__,
+        "held": [type(buffer).__name__ for buffer in fixed.buffers()],
+        "sent": spec["sent"],
     }
 
 

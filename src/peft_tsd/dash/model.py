@@ -12,8 +12,8 @@ from ..files.adapters import plain_name
 from ..models.matrix import unsupported
 from ..models.packed import is_quantized
 from ..models.wrapped import check_saveable
-from ..tuner.model import DirectedModel
-from ..tuner.phase import adapted_layers, warn_in_prelaunch, warn_of_native_state
+from ..tuner.model import DirectedModel, as_saved
+from ..tuner.phase import adapted_layers, warn_of_native_state
 from .config import DashConfig, DashType
 from .layer import DashLayer, own_names, with_directions
 
@@ -102,7 +102,7 @@ class DashModel(DirectedModel, BaseTuner):
     ) -> dict[str, Tensor]:
         check_saveable(model)
         warn_of_native_state(config, model, adapter_name)
-        warn_in_prelaunch(config, adapted_layers(model, adapter_name), adapter_name, "is saved")
+        as_saved(config, model, adapter_name)
         state_dict = cls._named_as_modules(model, state_dict)
         state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # Some methods save what is on a list of their own.

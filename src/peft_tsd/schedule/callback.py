@@ -19,7 +19,7 @@ from ..tuner.zero_checkpoints import restore
 from .gradients import Loss, loss_of_output, random_states_kept
 from .moments import check_groups
 from .prelaunch import checks_made
-from .stepping import advance, check_unmerged, identify_from_gradients, log, trained_adapters
+from .stepping import advance, check_replicas, check_unmerged, identify_from_gradients, log, trained_adapters
 
 
 class TsdCallback(TrainerCallback):
@@ -83,6 +83,7 @@ class TsdCallback(TrainerCallback):
                 for name, layer in layers.items():
                     in_layer(name, layer.check_layout, adapter)
             restore(layers, adapter, state.global_step, args.output_dir)
+            check_replicas(layers, adapter)
             if config.needs_gradients and phase_of(layers, adapter) == "pre-launch":
                 # Now, also for later: a dataloader in use must not be read from its beginning.
                 given = self.batches

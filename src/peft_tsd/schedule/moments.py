@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,7 +50,17 @@ def forget(optimizer: Optimizer, parameter: Tensor) -> None:
         # The one optimizer that fills its state when it is built, not when it first steps.
         _begin_anew(optimizer, optimizer.state[parameter])
     else:
-        optimizer.state.pop(parameter, None)
+        for key in (parameter, *_names(optimizer, parameter)):
+            optimizer.state.pop(key, None)
+
+
+def _names(optimizer: Optimizer, parameter: Tensor) -> Iterator[Any]:
+    """What PEFT's LoRA-FA keeps the state of `parameter` under: a name, or of A and B what their names begin with."""
+    for group in optimizer.param_groups:
+        for other, name in zip(group["params"], group.get("names", ())):
+            if other is parameter:
+                yield name
+                yield f"{name.partition('lora')[0]}lora"
 
 
 def _begin_anew(optimizer: Optimizer, state: dict[str, Any]) -> None:

@@ -17,9 +17,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..distributed.sharded import is_main_process
+from ..distributed.replicas import check_alike
+from ..distributed.sharded import is_main_process, world
 from ..models.wrapped import unwrapped
 from ..tuner.directed import DirectedLayer, Identified
+from ..tuner.held import FixedDirections
 from ..tuner.phase import adapted_layers, any_layer, config_of, phase_of, steps_taken
 from .gradients import Loss, loss_of_output, weight_gradients
 from .moments import check_groups
@@ -64,7 +66,8 @@ def advance(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], adapte
 
     Raises:
         ValueError: The model has no trainable TSD adapter, or one without a pre-launch whose directions have not been
-            identified from gradients; or adapters are merged; or the optimizer trains Δσ at LoRA+'s rate for B.
+            identified from gradients; or adapters are merged; or processes begin with different directions; or the
+            optimizer trains Δσ at LoRA+'s rate for B.
         TransitionError: At the transition, the optimizer does not hold A and B, or a layer's ΔW or weight holds NaN or
             Inf (which a check of an automatic pre-launch may find before). Nothing but the step count is changed then.
     """
@@ -75,6 +78,7 @@ def advance(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], adapte
         if not layers:
             raise ValueError(f"The model has no TSD layer with an adapter {adapter!r}.")
         check_unmerged(layers, adapter)
+        check_replicas(layers, adapter)
         waiting = phase_of(layers, adapter) == "pre-launch"
         config = config_of(layers, adapter)
         if waiting and config.needs_gradients and steps_taken(layers, adapter) >= config.longest_prelaunch:
@@ -150,6 +154,7 @@ def identify_from_gradients(
         if not layers:
             raise ValueError(f"The model has no TSD layer with an adapter {adapter!r}.")
         check_unmerged(layers, adapter)
+        check_replicas(layers, adapter)
         if phase_of(layers, adapter) == "dash":
             raise ValueError(f"The directions of adapter {adapter!r} have been identified before.")
         if config_of(layers, adapter).direction_source == "gradient":
@@ -206,6 +211,21 @@ def _from_gradients(
     for group in weight_gradients(model, layers, batches, loss, memory):
         found |= identified({name: layers[name] for name in group}, adapter, group.pop)
     return {name: found[name] for name in layers}
+
+
+_checked: WeakSet[FixedDirections] = WeakSet()
+
+
+def check_replicas(layers: Mapping[str, DirectedLayer], adapter: str) -> None:
+    """Refuse, the first time, processes that do not hold the same directions, or have not taken as many steps.
+
+    Raises:
+        ValueError: As `check_alike`.
+    """
+    held = {name: layer.fixed(adapter) for name, layer in layers.items()}
+    if not _checked.issuperset(held.values()):
+        check_alike({name: fixed.digest() for name, fixed in held.items()} if world()[1] > 1 else {}, adapter)
+        _checked.update(held.values())
 
 
 def trained_adapters(model: nn.Module) -> list[str]:

@@ -7,10 +7,15 @@ them, PyTorch copies them into averaged models, and every process holds them who
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+
+from ..distributed.sharded import whole
 
 
 class DashScalars(nn.Module):
@@ -44,6 +49,10 @@ class FixedDirections(nn.Module):
         candidates: The directions that the last check of an automatic pre-launch found, highest rate first; int64,
             -1 before; None in a pre-launch of fixed length.
         agreement: What each of its checks found, over all layers, in the order of `TsdConfig.check_steps`; -1 before.
+
+    Args:
+        starts_apart: a0 and b0 are there from the start, and may differ between processes until DDP has sent around
+            those of rank 0, as it does with A and B.
     """
 
     step: Tensor
@@ -69,8 +78,10 @@ class FixedDirections(nn.Module):
         *,
         has_unit: bool,
         num_checks: int,
+        starts_apart: bool = False,
     ) -> None:
         super().__init__()
+        self._apart = ("a0", "b0") if starts_apart else ()
         # PEFT's low_cpu_mem_usage puts new parameters on the meta device, and leaves buffers to whoever makes them.
         device = DashScalars(0).weight.device
 
@@ -98,6 +109,41 @@ class FixedDirections(nn.Module):
         """Whether the transition has been made: pre-launch is over."""
         return bool(self.identified_at >= 0)
 
+    def alike(self) -> list[str]:
+        """The names of what is the same in all processes from the start."""
+        return [name for name, _ in self.named_buffers() if name not in self._apart]
+
+    def digest(self) -> int:
+        """Of all that is held; the same where every bit of it is."""
+        found = 0
+        for buffer in self.buffers():
+            found = zlib.crc32(buffer.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), found)
+        return found
+
+    @property
+    def averaged(self) -> bool:
+        """Whether the indices are no positions in the spectrum: what is left of them where they were averaged."""
+        chosen = self.indices[self.indices >= 0].tolist()
+        in_order = chosen + [-1] * (len(self.indices) - len(chosen))
+        return self.indices.tolist() != in_order or len(set(chosen)) < len(chosen)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *args: Any
+    ) -> None:
+        for name, buffer in self._buffers.items():
+            value = state_dict.get(prefix + name)
+            if isinstance(value, DTensor):
+                state_dict[prefix + name] = value = whole(value).to(value.device_mesh.device_type)
+            if isinstance(value, Tensor) and buffer is not None and value.dtype != buffer.dtype == torch.int64:
+                # An average of state dicts. Of adapters with the same directions it is theirs, up to rounding.
+                state_dict[prefix + name] = value.round().to(torch.int64)
+                if name == "indices" and (value - value.round()).abs().max() > 1e-3:
+                    args[-1].append(
+                        f"{prefix + name} holds {value.tolist()}, an average over adapters with directions of their "
+                        "own. Average their parameters, or export each with export_lora and combine the plain LoRAs."
+                    )
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *args)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FixedDirections:
         # PEFT moves a layer's parts to its device, but for those on the meta device, which have yet to be read from a
         # file. It asks parameters alone whether they are there.
@@ -114,6 +160,20 @@ class FixedDirections(nn.Module):
         for name, buffer in self.named_buffers():
             if buffer.is_floating_point() and buffer.itemsize < torch.float32.itemsize:
                 setattr(self, name, buffer.float())
+
+
+def sent_by_accelerate(layer: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """A hook for the state dict of `layer`: on the meta device, directions beside what FSDP2 has sharded are as if it
+    had been asked to keep them whole.
+
+    Accelerate, told to load a model in the main process alone, sends everything in the state dict around by the mesh
+    that it is sharded on, and knows no buffers.
+    """
+    mesh = next((p.device_mesh for p in layer.parameters() if isinstance(p, DTensor)), None)
+    for name, module in layer.named_modules():
+        if mesh is not None and isinstance(module, FixedDirections) and module.step.is_meta:
+            for key, buffer in module.named_buffers(prefix + name):
+                state_dict[key] = DTensor.from_local(buffer, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 def used_columns(u: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from ..directions.definitions import TaskSpecificDirections
 from ..distributed.sharded import assign, is_sharded, shape_of, whole
 from .config import TsdConfig
 from .directed import DirectedLayer, Identified
-from .held import DashScalars, FixedDirections
+from .held import DashScalars, FixedDirections, sent_by_accelerate
 from .stacked import Factors, adapted_linear, add_product, autocasts
 
 INIT_ROW_NORM = 3**-0.5
@@ -55,6 +55,7 @@ class TsdLayer(DirectedLayer, LoraLayer):
             self.lora_dash = nn.ModuleDict()
             self.lora_directions = nn.ModuleDict()
             self.tsd_config: dict[str, TsdConfig] = {}
+            self.register_state_dict_post_hook(sent_by_accelerate)
         self.check_unmerged(adapter_name)
         out_size, in_size = self.matrix_shape
         if config.starts_from_directions and r > min(out_size, in_size):
@@ -75,6 +76,7 @@ class TsdLayer(DirectedLayer, LoraLayer):
             num_start=r if config.subtracts_init or config.subtracts_start else 0,
             has_unit=config.dash_unit != "one",
             num_checks=len(config.check_steps),
+            starts_apart=config.subtracts_init,
         )
         self.tsd_config[adapter_name] = config
         base = self.get_base_layer()

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 
+from ..distributed.replicas import leave_out_of_ddp
 from ..files.adapters import plain_name
 from ..models.packed import keep_as_stored
 from ..models.wrapped import check_saveable
 from .config import TsdConfig
 from .directed import DirectedLayer
 from .dispatch import check_experts, create_layer
+from .held import FixedDirections
 from .layer import TsdLayer
 from .phase import (
     Phase,
@@ -28,6 +30,7 @@ from .phase import (
     warn_of_native_state,
 )
 from .quantized import QuantizedLayer
+from .settings import DirectionSettings
 from .table import Directions, directions_of
 
 
@@ -69,6 +72,20 @@ class DirectedModel:
             )
         found = {name: directions_of(layer, adapter) for name, layer in layers.items()}
         return Directions(found, int(any_layer(layers).fixed(adapter).identified_at))
+
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, *args, **kwargs)  # type: ignore[misc]
+        names = [
+            f"{name}.{key}"
+            for name, module in model.named_modules()
+            if isinstance(module, FixedDirections)
+            for key in module.alike()
+        ]
+        leave_out_of_ddp(model, names)
+        # A PeftModel asks its tuner for what it does not have itself.
+        leave_out_of_ddp(
+            cast(nn.Module, self), [f"{outer}.{n}" for outer in ("model", "base_model.model") for n in names]
+        )
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)  # type: ignore[misc]
@@ -114,6 +131,23 @@ class DirectedModel:
         if adapter not in self.peft_config:
             raise ValueError(f"There is no adapter {adapter!r}; the model has {sorted(self.peft_config)}.")
         return adapted_layers(self.model, adapter), adapter
+
+
+def as_saved(config: DirectionSettings, model: nn.Module, adapter: str) -> None:
+    """Warn of an adapter that is saved in pre-launch, and refuse one that could not be loaded again.
+
+    Raises:
+        ValueError: Its buffers were averaged.
+    """
+    layers = adapted_layers(model, adapter)
+    for name, layer in layers.items():
+        if layer.fixed(adapter).averaged:
+            raise ValueError(
+                f"The directions of layer {name!r} are an average of positions in a spectrum, which is none. Leave "
+                "AveragedModel's use_buffers at False, so that it copies buffers; or copy them into the average: "
+                "for a, b in zip(averaged.module.buffers(), model.buffers()): a.copy_(b)."
+            )
+    warn_in_prelaunch(config, layers, adapter, "is saved")
 
 
 class TsdModel(DirectedModel, LoraModel):
@@ -178,7 +212,7 @@ class TsdModel(DirectedModel, LoraModel):
     ) -> dict[str, Tensor]:
         check_saveable(model)
         warn_of_native_state(config, model, adapter_name)
-        warn_in_prelaunch(config, adapted_layers(model, adapter_name), adapter_name, "is saved")
+        as_saved(config, model, adapter_name)
         state_dict = cls._named_as_modules(model, state_dict)
         state: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
