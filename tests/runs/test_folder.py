@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import Trainer
 
 from peft_tsd import cli
 from peft_tsd.errors import InputError
@@ -233,7 +234,7 @@ def test_links_in_a_run_and_damaged_metrics_are_refused(place, stopped):
     ],
 )
 def test_a_full_disk_is_said_in_one_line(place, monkeypatch, error):
-    save = training.Trainer._save_optimizer_and_scheduler
+    save = Trainer._save_optimizer_and_scheduler
 
     def full(self, folder):
         if folder.endswith("-10"):
@@ -241,7 +242,7 @@ def test_a_full_disk_is_said_in_one_line(place, monkeypatch, error):
         save(self, folder)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.Trainer, "_save_optimizer_and_scheduler", full)
+        patch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
         with pytest.raises(InputError, match=r"no room to write, with .* MiB free on its disk; checkpoint-5 is whole"):
             run(text_models.write_recipe(place))
     # What was half-written gave its room back.
