@@ -299,7 +299,8 @@ class TsdLayer(DirectedLayer, LoraLayer):
             stuck = (
                 torch.maximum(a.flatten(1).norm(dim=1), b.flatten(1).norm(dim=0)) < self.settings(adapter).eps ** 0.5
             )
-            a[stuck] = nn.init.kaiming_uniform_(torch.empty_like(a), a=math.sqrt(5))[stuck]
+            if stuck.any():  # otherwise nothing is drawn, and PEFT's own draws stay those of LoRA
+                a[stuck] = nn.init.kaiming_uniform_(torch.empty_like(a), a=math.sqrt(5))[stuck]
 
     @torch.no_grad()
     def _fix_start(self, adapter: str) -> None:
