@@ -56,8 +56,10 @@ def test_a_run_trains_keeps_and_scores_it(place, method):
     change = result.metrics["phase_change"]
     assert (change["step"] if beside else change) == (4 if beside else None)
     if beside:
-        moved = [layer.delta_sigma.abs().min() for layer in result.model.directions().values()]
-        assert min(moved) > 0
+        # A layer of which AdaLoRA has left nothing has no directions.
+        moved = torch.cat([layer.delta_sigma.abs() for layer in result.model.directions().values()])
+        assert len(moved) >= 3
+        assert moved.min() > 0
     # A new model with what was kept scores, and computes, the same.
     assert evaluate(str(result.folder.path))["score"] == result.metrics["score"]["after"]
 
