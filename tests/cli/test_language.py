@@ -11,6 +11,7 @@ from peft import PeftConfig
 
 from peft_tsd.cli.main import main
 from peft_tsd.cli.screen import command_name
+from peft_tsd.export.ranks import served_rank
 from peft_tsd.language.counting import check_recipe_model
 from peft_tsd.language.recipe import load_recipe
 from peft_tsd.language.tasks.commonsense import from_boolq
@@ -63,7 +64,7 @@ def test_train_evaluate_export(place, capsys):
     assert json.loads(capsys.readouterr().out)["score"] == metrics["score"]["after"]
     assert main([{"OUT": "small", "8": "1"}.get(word, word) for word in commands[1][1:]]) == 0
     assert "relative error" in capsys.readouterr().out
-    assert PeftConfig.from_pretrained("small").r == 1
+    assert PeftConfig.from_pretrained("small").r == served_rank(1)
     assert main(commands[2][1:]) == 0
     assert (place / "OTHER" / "adapter").is_dir()
 
