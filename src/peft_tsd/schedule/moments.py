@@ -86,7 +86,7 @@ def check_groups(
         a, b, theta = (group_of.get(id(p)) for p in layer.rates_of(adapter))
         if a is None or b is None or theta is not b:
             continue
-        rates = [group.get("initial_lr", group["lr"]) for group in (a, b)]
+        rates = [group.get("initial_lr", group.get("lr")) for group in (a, b)]  # a wrapper may have none
         if rates[0] != rates[1]:
             raise ValueError(
                 f"The optimizer trains Δσ in the group of B, whose learning rate is {rates[1]:g}, where A's is "
