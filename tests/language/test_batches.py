@@ -5,8 +5,8 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import Trainer
 
-from peft_tsd.language import training
 from peft_tsd.language.batches import POOL, SimilarLengths
 from peft_tsd.language.preparing import prepare
 from peft_tsd.language.recipe import load_recipe
@@ -78,9 +78,9 @@ def test_less_padding_is_computed(place, monkeypatch):
         recipe = text_models.write_recipe(place, training={"similar_lengths": similar})
         seen = computed[similar] = []
         with monkeypatch.context() as patch:
-            step = training.Trainer.training_step
+            step = Trainer.training_step
             patch.setattr(
-                training.Trainer,
+                Trainer,
                 "training_step",
                 lambda self, model, inputs, *rest, step=step, seen=seen: (
                     seen.append(inputs["input_ids"].numel()) or step(self, model, inputs, *rest)
