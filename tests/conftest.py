@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from hypothesis import settings
 from peft import get_peft_model
 
@@ -24,9 +25,11 @@ settings.load_profile("default")
 
 
 @pytest.fixture(autouse=True)
-def same_draws():
-    """What a test draws without a seed of its own does not depend on the tests before it."""
+def same_start():
+    """A test's draws without a seed of its own, and its Accelerator, do not depend on the tests before it."""
     torch.manual_seed(20240902)
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
 
 
 METHODS = [

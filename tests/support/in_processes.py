@@ -24,7 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_tsd import DashConfig, TsdCallback, advance, identify_from_gradients
 from peft_tsd.distributed.sharded import world
-from peft_tsd.tuner import layer
+from peft_tsd.tuner import directed
 from peft_tsd.tuner.held import FixedDirections
 from support import directions, tiny
 
@@ -230,7 +230,7 @@ def main() -> None:
         def factorize(weight):
             raise RuntimeError("not enough memory")
 
-        layer.Spectrum = factorize
+        directed.Spectrum = factorize
     for spec in specs:
         result = trained(spec)
         digests = [None] * world_size()
