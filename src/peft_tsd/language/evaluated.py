@@ -15,7 +15,7 @@ class EvaluatedTrainer(Trainer):
     Its schedule, its log and its callbacks (early stopping, trackers) are Trainer's own.
 
     Args:
-        measure: Given the model, what is measured, by name; `loss` is one of them.
+        measure: Given the model, what is measured, by name; `loss` is one of them where there is one.
     """
 
     def __init__(self, *args: Any, measure: Callable[[Any], dict[str, float]] | None = None, **kwargs: Any) -> None:

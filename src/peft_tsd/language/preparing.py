@@ -40,6 +40,8 @@ class Job(NamedTuple):
     material: Material
     rows: list[dict[str, Any]]
     """The training examples as tokens; empty where nothing will be trained."""
+    held_out: list[dict[str, Any]]
+    """What is scored, with its answers, as tokens; empty where nothing will be trained."""
     tokenizer: Any
     adapter_config: PeftConfig | None
     """None where the method has no adapter."""
@@ -75,25 +77,24 @@ class Job(NamedTuple):
         return found
 
     @torch.no_grad()
-    def held_out_loss(self, model: Any) -> float:
+    def held_out_loss(self, model: Any) -> float | None:
         """The mean loss of what is scored: over tokens of the answers, or over rows of a classifier.
 
-        The model is left in evaluation mode, as by `scores`.
+        Rows whose answer could not be trained on are left out; None where that is all of them. The model is left in
+        evaluation mode, as by `scores`.
         """
         model.eval()
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         collate = self.task.collator(self.tokenizer, base)
         size, total, count = self.recipe.evaluation.batch_size, 0.0, 0
         with self._casting(model):
-            for examples in self.material.tests.values():
-                rows = self.task.encode(examples, self.tokenizer)
-                for start in range(0, len(rows), size):
-                    batch = {key: x.to(model.device) for key, x in collate(rows[start : start + size]).items()}
-                    labels = batch["labels"]
-                    answered = int(labels.ne(IGNORED).sum()) if not labels.is_floating_point() else len(labels)
-                    total += float(model(**batch).loss) * answered
-                    count += answered
-        return total / count
+            for start in range(0, len(self.held_out), size):
+                rows = self.held_out[start : start + size]
+                batch = {key: x.to(model.device) for key, x in collate(rows).items()}
+                answered = int(batch["labels"].ne(IGNORED).sum())
+                total += float(model(**batch).loss) * answered
+                count += answered
+        return total / count if count else None
 
     def _casting(self, model: Any) -> torch.autocast:
         dtype = getattr(torch, self.recipe.model.dtype)
@@ -114,6 +115,7 @@ class _Read(NamedTuple):
     config: Any
     tokenizer: Any
     rows: list[dict[str, Any]]
+    held_out: list[dict[str, Any]]
 
 
 def check(recipes: Iterable[Recipe]) -> None:
@@ -145,7 +147,7 @@ def prepare(recipe: Recipe, *, to_train: bool = True) -> Job:
     if to_train and not recipe.resume:
         folder.check_free()
     read = _read(recipe, to_train=to_train)
-    source, task, material, config, tokenizer, rows = read
+    source, task, material, config, tokenizer, rows, held_out = read
     if isinstance(task, Classification):
         resolved = recipe.task.model_copy(update={"labels": task.labels})
         recipe = recipe.model_copy(update={"task": resolved})
@@ -166,7 +168,7 @@ def prepare(recipe: Recipe, *, to_train: bool = True) -> Job:
     def skeleton() -> Any:
         return load_skeleton(config, task.auto_class, trust_remote_code=recipe.model.trust_remote_code)
 
-    return Job(recipe, task, material, rows, tokenizer, adapter, steps, folder, load_base, skeleton)
+    return Job(recipe, task, material, rows, held_out, tokenizer, adapter, steps, folder, load_base, skeleton)
 
 
 def _read(recipe: Recipe, *, to_train: bool) -> _Read:
@@ -183,9 +185,11 @@ def _read(recipe: Recipe, *, to_train: bool) -> _Read:
     config = load_config(source, **task.config_fields)
     tokenizer = load_tokenizer(source)
     rows = task.encode(material.train, tokenizer) if to_train else []
+    tests = [example for examples in material.tests.values() for example in examples]
+    held_out = task.encode(tests, tokenizer, leave_out=True) if to_train else []
     if config.get_text_config().pad_token_id is None:
         config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    return _Read(source, task, material, config, tokenizer, rows)
+    return _Read(source, task, material, config, tokenizer, rows, held_out)
 
 
 def _checked(recipe: Recipe, read: _Read, folder: RunFolder, *, to_train: bool) -> tuple[int, PeftConfig | None]:

@@ -199,7 +199,7 @@ def _trained(job: Job, base: Any, made_of: Fingerprint, stop: Stop) -> tuple[Any
         model=model,
         args=_training_arguments(job),
         train_dataset=job.rows,
-        eval_dataset=[example for tests in job.material.tests.values() for example in tests],
+        eval_dataset=job.held_out,
         measure=partial(_measured, job),
         data_collator=job.task.collator(job.tokenizer, base),
         # The record comes first, so that its seconds a step leave the transition out.
@@ -231,8 +231,9 @@ def _trained(job: Job, base: Any, made_of: Fingerprint, stop: Stop) -> tuple[Any
 def _measured(job: Job, model: Any) -> dict[str, float]:
     """What an evaluation during training says."""
     with random_states_kept():
+        loss = job.held_out_loss(model)
         score = job.average(job.scores(model, "evaluating", keep=False))
-        return {"loss": job.held_out_loss(model), job.task.metric: score}
+    return {**({} if loss is None else {"loss": loss}), job.task.metric: score}
 
 
 def _count(model: Any, job: Job) -> tuple[int, int]:

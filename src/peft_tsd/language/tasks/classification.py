@@ -58,8 +58,14 @@ class Classification:
             "label2id": {label: i for i, label in enumerate(self.labels)},
         }
 
-    def encode(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[Batch]:
-        """Rows of token ids and `labels`."""
+    def encode(
+        self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, leave_out: bool = False
+    ) -> list[Batch]:
+        """Rows of token ids and `labels`; `leave_out` examples whose label is none of those."""
+        if leave_out:
+            examples = [example for example in examples if example.answer in self.labels]
+        if not examples:
+            return []
         encoded = tokenizer(
             [example.prompt for example in examples], truncation=True, max_length=self._task.max_length
         )

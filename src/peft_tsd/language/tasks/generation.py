@@ -56,8 +56,10 @@ class Generation:
     def config_fields(self) -> dict[str, Any]:
         return {}
 
-    def encode(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[Batch]:
-        """Rows of `prompt` and `answer` token ids."""
+    def encode(
+        self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, leave_out: bool = False
+    ) -> list[Batch]:
+        """Rows of `prompt` and `answer` token ids. An answer too long is refused, or left out."""
         end = tokenizer.eos_token_id
         if end is None:
             raise RecipeError("the tokenizer has no end token, so an answer would never end; give another model")
@@ -65,6 +67,8 @@ class Generation:
         rows = []
         for example, prompt, ids in zip(examples, self._prompts(examples, tokenizer), answers, strict=True):
             answer = [*ids, end]
+            if leave_out and len(answer) >= self._task.max_length:
+                continue
             if len(answer) >= self._task.max_length:
                 raise RecipeError(
                     f"the answer {example.answer[:60]!r}... has {len(answer)} tokens and task.max_length is "

@@ -170,8 +170,10 @@ class Glue:
             "label2id": {label: i for i, label in enumerate(labels)},
         }
 
-    def encode(self, examples: Sequence[Sentences], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-        """Rows of token ids and `labels`, a label's number or a grade."""
+    def encode(
+        self, examples: Sequence[Sentences], tokenizer: PreTrainedTokenizerBase, *, leave_out: bool = False
+    ) -> list[dict[str, Any]]:
+        """Rows of token ids and `labels`, a label's number or a grade, which every example has."""
         encoded = self._encoded(examples, tokenizer)
         return [
             {**{key: encoded[key][i] for key in encoded}, "labels": self._number(example)}
