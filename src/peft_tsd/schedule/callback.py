@@ -117,8 +117,11 @@ class TsdCallback(TrainerCallback):
         else:
             self._checks_seconds += time.perf_counter() - start
         if self._batches:
-            for _, layers, adapter in _trained(model):
+            trained = _trained(model)
+            for _, layers, adapter in trained:
                 self._identify_if_due(model, optimizer, layers, adapter, state)
+            if all(phase_of(layers, adapter) == "dash" for _, layers, adapter in trained):
+                self._batches = []
 
     def _identify_if_due(
         self,

@@ -8,7 +8,7 @@ side, and all layers are done in the same two passes (`peft_tsd.directions.sketc
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -59,16 +59,22 @@ def gradient_triples(
     """
     sketches: dict[str, Sketch] = {}
 
-    def add(name: str, x: Tensor, gradient: Tensor) -> None:
-        layer = layers[name]
+    def sketch_of(name: str, like: Tensor) -> Sketch:
         if name not in sketches:
             # Another Ω for each layer, and the same in every process and run.
-            sketches[name] = Sketch(layer.matrix_shape, nums[name], zlib.crc32(name.encode()), like=x)
-        sketches[name].add(*layer.rows(x, gradient))
+            sketches[name] = Sketch(layers[name].matrix_shape, nums[name], zlib.crc32(name.encode()), like)
+        return sketches[name]
+
+    def add(name: str, x: Tensor, gradient: Tensor) -> None:
+        sketch_of(name, x).add(*layers[name].rows(x, gradient))
 
     for is_first in (True, False):
         pass_by(model, layers, batches, loss, add)
-        for sketch in _together(layers, sketches, nums):
+        for name in _reached_anywhere(layers, sketches):
+            # Of an expert all of whose tokens are in another process, this one has nothing to add.
+            sketch = sketch_of(name, torch.empty(0, device=layers[name].weight_device))
+            if world()[1] > 1:
+                torch.distributed.all_reduce(sketch.sums)
             if is_first:
                 sketch.turn()
     share = 1 / (len(batches) * world()[1])
@@ -80,20 +86,12 @@ def gradient_triples(
     return found
 
 
-def _together(
-    layers: Mapping[str, DirectedLayer], sketches: dict[str, Sketch], nums: Mapping[str, int]
-) -> list[Sketch]:
-    """The sketches of all layers that a gradient reached in any process, their sums added up over processes."""
+def _reached_anywhere(layers: Mapping[str, DirectedLayer], reached: Collection[str]) -> list[str]:
+    """The layers that a gradient reached in this or another process, in the model's order."""
     _, size = world()
-    if size == 1:
-        return list(sketches.values())
-    known: list[Any] = [None] * size
-    torch.distributed.all_gather_object(known, sorted(sketches))
-    reached = set().union(*known)
-    for name in layers:
-        if name in reached:
-            if name not in sketches:  # an expert whose tokens are all in another process
-                like = torch.empty(0, device=layers[name].weight_device)
-                sketches[name] = Sketch(layers[name].matrix_shape, nums[name], zlib.crc32(name.encode()), like=like)
-            torch.distributed.all_reduce(sketches[name].sums)
-    return [sketches[name] for name in layers if name in reached]
+    known: list[Any] = [sorted(reached)]
+    if size > 1:
+        known = [None] * size
+        torch.distributed.all_gather_object(known, sorted(reached))
+    anywhere = set().union(*known)
+    return [name for name in layers if name in anywhere]

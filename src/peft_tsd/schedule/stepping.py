@@ -32,9 +32,10 @@ from .transition import identified, transition
 
 log = logging.getLogger(__name__)
 
-_known: WeakSet[DirectedLayer] = WeakSet()
-
-_waits: WeakSet[DirectedLayer] = WeakSet()
+# What was done once for an adapter, by what its first layer holds, or all: an adapter's own, as a layer is not.
+_known: WeakSet[FixedDirections] = WeakSet()
+_waits: WeakSet[FixedDirections] = WeakSet()
+_checked: WeakSet[FixedDirections] = WeakSet()
 
 
 def advance(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], adapter_name: str | None = None) -> bool:
@@ -88,9 +89,10 @@ def advance(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], adapte
                 f"identify_from_gradients(model, batches, optimizer) {where}, or give it "
                 + ("a pre-launch." if config.direction_source == "weight" else "direction_source='weight'.")
             )
-        if any_layer(layers) not in _known:
+        first = any_layer(layers).fixed(adapter)
+        if first not in _known:
             check_groups(layers, adapter, optimizer)
-            _known.add(any_layer(layers))
+            _known.add(first)
         if not counts_now(any_layer(layers), adapter, optimizer):
             continue
         with torch.no_grad():
@@ -187,7 +189,7 @@ def check_unmerged(layers: Mapping[str, DirectedLayer], adapter: str) -> None:
 
 
 def _say_it_waits(layers: Mapping[str, DirectedLayer], adapter: str) -> None:
-    first = any_layer(layers)
+    first = any_layer(layers).fixed(adapter)
     if first not in _waits and is_main_process():
         log.warning(
             "The pre-launch of adapter %r is over after %d steps, and no layer has changed: a learning rate of 0, or "
@@ -211,9 +213,6 @@ def _from_gradients(
     for group in weight_gradients(model, layers, batches, loss, memory):
         found |= identified({name: layers[name] for name in group}, adapter, group.pop)
     return {name: found[name] for name in layers}
-
-
-_checked: WeakSet[FixedDirections] = WeakSet()
 
 
 def check_replicas(layers: Mapping[str, DirectedLayer], adapter: str) -> None:
