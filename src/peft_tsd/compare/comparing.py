@@ -1,6 +1,6 @@
 """A comparison from its plan to its files.
 
-runs/…          a run folder a run (see `run_folder`), without the checkpoints once it has finished
+runs/…          a run folder a run (see `runs.folder`), without the checkpoints once it has finished
 tune/…          those that chose a setting, scored on rows held out of training
 results.json    one row a run with all its settings, and what they came to
 results.md      the table

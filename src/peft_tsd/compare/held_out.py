@@ -3,19 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 from typing import Any
 
 Row = Mapping[str, Any]
-
-
-def final_losses(rows: Sequence[Row], tasks: set[str | None]) -> dict[int, float]:
-    """The final held-out loss by seed, a mean over tasks; of seeds whose tasks all have one."""
-    by_seed: dict[int, list[float]] = {}
-    for row in rows:
-        if row["status"] == "finished" and row.get("held_out_loss") is not None:
-            by_seed.setdefault(row["seed"], []).append(row["held_out_loss"])
-    return {seed: fmean(losses) for seed, losses in sorted(by_seed.items()) if len(losses) == len(tasks)}
 
 
 def steps_to_reach(row: Row, loss: float) -> float | None:

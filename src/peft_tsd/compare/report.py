@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import InputError
 from ..pages.shell import assemble
 from .plan import METHODS, MORE_METHODS, Group, Plan
-from .results import Interval, Summary, group_of
+from .results import Interval, Summary, by_group
 from .tables import cells, differences, held_out, legend
 
 SIGNIFICANT = 0.05
@@ -171,11 +171,8 @@ def _scores(name: str, group: Group, x: list[str], values: Sequence[Interval]) -
 
 
 def _losses(rows: Sequence[Mapping[str, Any]], plan: Plan) -> list[dict[str, Any]]:
-    groups: dict[Group, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(group_of(row), []).append(row)
     traces = []
-    for group, own in groups.items():
+    for group, own in by_group(rows).items():
         steps = [step for step, _ in own[0]["loss"]]
         losses = [fmean(row["loss"][i][1] for row in own if i < len(row["loss"])) for i in range(len(steps))]
         traces.append(
@@ -193,10 +190,7 @@ def _losses(rows: Sequence[Mapping[str, Any]], plan: Plan) -> list[dict[str, Any
 
 def _held_out(rows: Sequence[Mapping[str, Any]], plan: Plan) -> list[dict[str, Any]]:
     """The losses of evaluations during training, where all of a group's runs were evaluated at the same steps."""
-    groups: dict[Group, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        if row.get("evaluations"):
-            groups.setdefault(group_of(row), []).append(row)
+    evaluated = by_group(row for row in rows if row.get("evaluations"))
     return [
         {
             "type": "scatter",
@@ -206,7 +200,7 @@ def _held_out(rows: Sequence[Mapping[str, Any]], plan: Plan) -> list[dict[str, A
             "y": [fmean(losses) for losses in zip(*([one["loss"] for one in row["evaluations"]] for row in own))],
             "line": {"color": _colour(group.method), "dash": _line(group.rank, plan), "width": 1.5},
         }
-        for group, own in groups.items()
+        for group, own in evaluated.items()
     ]
 
 
@@ -217,9 +211,6 @@ def _smooth(values: Sequence[float]) -> list[float]:
 
 
 def _tuned(rows: Sequence[Mapping[str, Any]], plan: Plan, what: str, scale: float) -> list[dict[str, Any]]:
-    groups: dict[Group, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(group_of(row), []).append(row)
     return [
         {
             "type": "scatter",
@@ -229,7 +220,7 @@ def _tuned(rows: Sequence[Mapping[str, Any]], plan: Plan, what: str, scale: floa
             "y": [scale * row[what] for row in own],
             "line": {"color": _colour(group.method), "dash": _line(group.rank, plan)},
         }
-        for group, own in groups.items()
+        for group, own in by_group(rows).items()
     ]
 
 

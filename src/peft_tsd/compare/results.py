@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from .held_out import final_losses, steps_to_others
+from .held_out import steps_to_others
 from .plan import Cell, Group
 
 CONFIDENCE = 0.95
@@ -121,19 +121,25 @@ def group_of(row: Mapping[str, Any]) -> Group:
     return Group(row["method"], row["rank"], tuple(row["variation"].items()))
 
 
+def by_group(rows: Iterable[Mapping[str, Any]]) -> dict[Group, list[Mapping[str, Any]]]:
+    """Rows by what they are compared as, in the order of the first of each."""
+    groups: dict[Group, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(group_of(row), []).append(row)
+    return groups
+
+
 def summarize(rows: Sequence[Mapping[str, Any]]) -> list[Summary]:
     """What the rows say, group by group, in the order of their first rows.
 
     The average of a seed is the mean over tasks of what each task's run scored; a seed counts where all of the
     group's tasks have finished.
     """
-    groups: dict[Group, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(group_of(row), []).append(row)
+    groups = by_group(rows)
     tasks = {row["task"] for row in rows}
-    averages = {group: _averages(own, tasks) for group, own in groups.items()}
+    averages = {group: _averages(own, tasks, "score") for group, own in groups.items()}
     columns = {group: _columns(own) for group, own in groups.items()}
-    losses = {group: final_losses(own, tasks) for group, own in groups.items()}
+    losses = {group: _averages(own, tasks, "held_out_loss") for group, own in groups.items()}
     tests: dict[Group, tuple[Interval, float | None]] = {}
     loss_tests: dict[Group, tuple[Interval, float | None]] = {}
     loras: dict[Group, Group] = {}
@@ -192,12 +198,13 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[Summary]:
     return found
 
 
-def _averages(rows: Sequence[Mapping[str, Any]], tasks: set[str | None]) -> dict[int, float]:
+def _averages(rows: Sequence[Mapping[str, Any]], tasks: set[str | None], key: str) -> dict[int, float]:
+    """The mean over tasks of a number, by seed; of seeds all of whose tasks have it."""
     by_seed: dict[int, list[float]] = {}
     for row in rows:
-        if row["status"] == "finished":
-            by_seed.setdefault(row["seed"], []).append(row["score"])
-    return {seed: fmean(scores) for seed, scores in sorted(by_seed.items()) if len(scores) == len(tasks)}
+        if row["status"] == "finished" and row.get(key) is not None:
+            by_seed.setdefault(row["seed"], []).append(row[key])
+    return {seed: fmean(own) for seed, own in sorted(by_seed.items()) if len(own) == len(tasks)}
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
