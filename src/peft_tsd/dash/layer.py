@@ -1,7 +1,7 @@
 """Directions beside a layer of any PEFT method: one mixin, put before the layer's own class.
 
 `layer(x) + U diag(Δσ) Vᵀ x`, with U and V of the base weight's own directions (Si et al., arXiv 2409.01035). As in
-`peft_tsd.layer`, everything has its final shape from the start and there is no branch on the phase.
+`peft_tsd.tuner.layer`, everything has its final shape from the start and there is no branch on the phase.
 """
 
 from __future__ import annotations

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from ..files.adapters import plain_name
 from ..models.matrix import unsupported
 from ..models.packed import is_quantized
-from ..models.wrapped import check_saveable
-from ..tuner.model import DirectedModel, as_saved
-from ..tuner.phase import adapted_layers, warn_of_native_state
+from ..tuner.model import DirectedModel
+from ..tuner.phase import adapted_layers
 from .config import DashConfig, DashType
 from .layer import DashLayer, own_names, with_directions
 
@@ -100,10 +99,7 @@ class DashModel(DirectedModel, BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        check_saveable(model)
-        warn_of_native_state(config, model, adapter_name)
-        as_saved(config, model, adapter_name)
-        state_dict = cls._named_as_modules(model, state_dict)
+        state_dict = cls._state_to_save(model, config, adapter_name, state_dict)
         state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # Some methods save what is on a list of their own.
         own = tuple(f".{name}.{adapter_name}." for name in own_names(cls.own_prefix))

@@ -1,7 +1,7 @@
 """The adapter layers: LoRA, plus scalars along fixed directions, computed as one LoRA of a higher rank.
 
-Every layer computes `W_eff = W + B'·A'` with the stacked factors of `peft_tsd.stacked` from the first step on (Si et
-al., arXiv 2409.01035). Until the directions are identified U, V, Δσ, A₀ and B₀ are zeros of their final shape: the
+Every layer computes `W_eff = W + B'·A'` with the stacked factors of `stacked` from the first step on (Si et al., arXiv
+2409.01035). Until the directions are identified U, V, Δσ, A₀ and B₀ are zeros of their final shape: the
 optimizer and distributed wrappers hold the parameters they will always hold, and there is one forward, with no branch
 on the phase.
 """
@@ -265,10 +265,7 @@ class TsdLayer(DirectedLayer, LoraLayer):
             return None, None
         r = self.r[adapter]
         if config.direction_source == "gradient":
-            a = whole(self.lora_A[adapter].weight).flatten(1).float().cpu()
-            found = INIT_ROW_NORM * chosen.v[:, :r].mT
-            # Where there are fewer directions than rows, the others stay what they are.
-            return torch.cat([found, a[len(found) :]]), torch.zeros(shape_of(self.lora_B[adapter].weight)[0], r)
+            return INIT_ROW_NORM * chosen.v[:, :r].mT, torch.zeros_like(chosen.u[:, :r])
         u, sigma, v = chosen.u[:, :r], chosen.sigma[:r], chosen.v[:, :r]
         if config.init_reading == "svd":
             # Where σ is nothing, A and B would both be zero, and so would be their gradients, for ever.

@@ -112,8 +112,17 @@ class DirectedModel:
         return {places.get(key, key): tensor for key, tensor in found.items()}
 
     @staticmethod
-    def _named_as_modules(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`state_dict` with the names that the modules of `model` have, by which PEFT chooses from it."""
+    def _state_to_save(
+        model: nn.Module, config: DirectionSettings, adapter: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """`state_dict` with the names that the modules of `model` have, by which PEFT chooses from it.
+
+        Raises:
+            ValueError: What would be saved could not be loaded again.
+        """
+        check_saveable(model)
+        warn_of_native_state(config, model, adapter)
+        as_saved(config, model, adapter)
         tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
         names = {plain_name(name): name for name, _ in tensors}
         return {names.get(plain_name(key), key): tensor for key, tensor in state_dict.items()}
@@ -210,10 +219,7 @@ class TsdModel(DirectedModel, LoraModel):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        check_saveable(model)
-        warn_of_native_state(config, model, adapter_name)
-        as_saved(config, model, adapter_name)
-        state_dict = cls._named_as_modules(model, state_dict)
+        state_dict = cls._state_to_save(model, config, adapter_name, state_dict)
         state: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
