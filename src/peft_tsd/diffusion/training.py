@@ -1,6 +1,6 @@
 """A DreamBooth run (Ruiz et al., arXiv 2208.12242): from a recipe to a LoRA file that knows the subject.
 
-Everything that can be refused is refused first, on shapes alone (`_prepare`). Then weights are read, photos and
+Everything that can be refused is refused first, on shapes alone (`preparing`). Then weights are read, photos and
 prompts are encoded once, and the adapter is trained, saved, exported and shown in images.
 """
 

@@ -1,13 +1,5 @@
-"""Task-specific directions: the definitions of the paper, as pure functions on tensors.
-
-Si et al., "Task-Specific Directions: Definition, Exploration, and Utilization in Parameter Efficient Fine-Tuning",
-arXiv 2409.01035. Throughout, W is a weight of shape (out, in) with k = min(out, in) and singular value decomposition
-`W = Σ_i σ_i u_i v_iᵀ`, σ descending; ΔW is its change, of the same shape.
-
-A change may be given dense, or as low-rank factors `(B, A, scaling)` with B (out, r) and A (r, in), meaning
-`scaling · B A`. The factors are never multiplied out. All arithmetic is float64; results come back on the weight's
-device in the weight's dtype, or float32 where that is narrower. Where singular values repeat (or are zero), singular
-vectors are not unique, and neither are the coordinates on them.
+"""What a random change of a weight would show; by it, directions of different weights are compared for a budget of the
+whole model.
 """
 
 from __future__ import annotations

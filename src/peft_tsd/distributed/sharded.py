@@ -1,12 +1,6 @@
-"""Training in several processes: who factorizes which weight, and parameters that are sharded over the processes.
+"""Parameters that are sharded over the processes: by FSDP2, as `DTensor`s, or by ZeRO-3 (see `zero`).
 
-At the transition each weight is factorized by one process, and what it found is sent to all, so that all hold the same
-bits. Layers are taken in turns of one for each process, those of the same cost together: a weight that is sharded
-is put together in the one process that factorizes it, and no process holds more than one at a time. A process
-that fails sends its error in place of a result, and all end with it.
-
-Parameters are sharded by FSDP2, as `DTensor`s, or by ZeRO-3 (see `peft_tsd.zero`). Reading one takes all processes, so
-that what reads them must be called in each process, at the same time.
+Reading one takes all processes, so that what reads them must be called in each process, at the same time.
 """
 
 from __future__ import annotations

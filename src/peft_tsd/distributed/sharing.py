@@ -1,4 +1,10 @@
-"""Who works on which layer: work that can be done layer by layer is shared out over the processes."""
+"""Who works on which layer: work that can be done layer by layer is shared out over the processes.
+
+At the transition each weight is factorized by one process, and what it found is sent to all, so that all hold the same
+bits. Layers are taken in turns of one for each process, those of the same cost together: a weight that is sharded
+is put together in the one process that factorizes it, and no process holds more than one at a time. A process
+that fails sends its error in place of a result, and all end with it.
+"""
 
 from __future__ import annotations
 
