@@ -113,7 +113,7 @@ def fill(layer: TsdLayer, rank: int) -> None:
     out, inner = layer.weight_matrix().shape
     u, v, n = orthonormal(out, 16), orthonormal(inner, 16), len(layer.fixed("default").indices)
     chosen = TaskSpecificDirections(torch.arange(n), torch.ones(n), u[:, :8], torch.ones(n), v[:, :8])
-    layer.fill("default", Identified(chosen, v[:, :rank].mT.contiguous(), u[:, :rank].contiguous()))
+    layer.fill("default", Identified(chosen, None, v[:, :rank].mT.contiguous(), u[:, :rank].contiguous()))
 
 
 def contenders(rank: int, dropout: float) -> dict[str, Callable[[nn.Module], nn.Module]]:

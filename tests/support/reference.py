@@ -29,13 +29,19 @@ def effective_change(layer, adapter: str = "default") -> torch.Tensor:
     theta = layer.lora_dash[adapter].weight.detach().double()
     config = layer.tsd_config[adapter]
     weight = layer.weight_matrix()
+    us, vs = fixed.u.double(), fixed.v.double()
+    if fixed.taken is not None:  # LoRA-TSD's start lies along its directions, and is taken out
+        for j in range(us.shape[1]):
+            if fixed.taken[j]:
+                delta = delta - scaling * torch.outer(us[:, j], vs[j])
+        learned = fixed.to_unit != 0
+        us = torch.nn.functional.normalize(us, dim=0) * learned
+        vs = torch.nn.functional.normalize(vs, dim=1)
     for j in range(len(theta)):
         unit = 1.0
         if config.dash_unit == "sigma":
-            unit = float(fixed.u[:, j].double() @ weight.double() @ fixed.v[j].double())
+            unit = float(us[:, j] @ weight.double() @ vs[j])
         elif config.dash_unit == "layer":
             unit = float(np.sqrt(np.mean(svd(weight)[1] ** 2)))
-        delta = delta + config.dash_lr_ratio * unit * theta[j] * torch.outer(
-            fixed.u[:, j].double(), fixed.v[j].double()
-        )
+        delta = delta + config.dash_lr_ratio * unit * theta[j] * torch.outer(us[:, j], vs[j])
     return delta

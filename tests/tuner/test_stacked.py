@@ -18,7 +18,7 @@ def problem(seed: int, dash: bool, start: bool, rows: int = 3, out: int = 6, inn
     result, x = random(2, rows, out, grad=True), random(2, rows, inner, grad=True)
     factors = Factors(random(rank, inner, grad=True), random(out, rank, grad=True), 0.7)
     if dash:
-        factors = factors._replace(delta_sigma=random(4, grad=True), u=random(out, 4), v=random(4, inner))
+        factors = factors._replace(c=random(4, grad=True), u=random(out, 4), v=random(4, inner))
     if start:
         factors = factors._replace(a0=random(rank, inner), b0=random(out, rank))
     return result, x, factors
@@ -27,7 +27,7 @@ def problem(seed: int, dash: bool, start: bool, rows: int = 3, out: int = 6, inn
 def dense(factors: Factors) -> torch.Tensor:
     delta = factors.scaling * factors.b @ factors.a
     if factors.u is not None:
-        delta = delta + factors.u @ torch.diag(factors.delta_sigma) @ factors.v
+        delta = delta + factors.u @ torch.diag(factors.c) @ factors.v
     if factors.a0 is not None:
         delta = delta - factors.scaling * factors.b0 @ factors.a0
     return delta
@@ -61,10 +61,10 @@ def test_gradcheck_with_its_base(dash, start):
     _, x, factors = problem(0, dash, start)
     weight, bias = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
 
-    def layer(x, a, b, delta_sigma):
-        return adapted_linear(x, weight, bias, factors._replace(a=a, b=b, delta_sigma=delta_sigma))
+    def layer(x, a, b, c):
+        return adapted_linear(x, weight, bias, factors._replace(a=a, b=b, c=c))
 
-    assert torch.autograd.gradcheck(layer, (x, factors.a, factors.b, factors.delta_sigma))
+    assert torch.autograd.gradcheck(layer, (x, factors.a, factors.b, factors.c))
 
 
 @pytest.mark.parametrize("dash", [False, True])
@@ -72,16 +72,16 @@ def test_gradcheck_with_its_base(dash, start):
 def test_gradcheck(dash, start):
     result, x, factors = problem(0, dash, start)
 
-    def product(result, x, a, b, delta_sigma):
-        return add_product(result, x, factors._replace(a=a, b=b, delta_sigma=delta_sigma))
+    def product(result, x, a, b, c):
+        return add_product(result, x, factors._replace(a=a, b=b, c=c))
 
-    assert torch.autograd.gradcheck(product, (result, x, factors.a, factors.b, factors.delta_sigma))
+    assert torch.autograd.gradcheck(product, (result, x, factors.a, factors.b, factors.c))
 
 
-@pytest.mark.parametrize("frozen", ["x", "a", "b", "delta_sigma"])
+@pytest.mark.parametrize("frozen", ["x", "a", "b", "c"])
 def test_what_needs_no_gradient_gets_none(frozen):
     result, x, factors = problem(1, dash=True, start=True)
-    tensors = {"x": x, "a": factors.a, "b": factors.b, "delta_sigma": factors.delta_sigma}
+    tensors = {"x": x, "a": factors.a, "b": factors.b, "c": factors.c}
     tensors[frozen].requires_grad_(False)
     add_product(result, x, factors).sum().backward()
     assert {name for name, tensor in tensors.items() if tensor.grad is None} == {frozen}
@@ -97,12 +97,12 @@ def test_autocast_casts_forward_and_backward_alike():
         out = add_product(result.detach().bfloat16(), x, factors)
     assert out.dtype == torch.bfloat16
     out.float().sum().backward()
-    got = [t.grad.clone() for t in (x, factors.a, factors.b, factors.delta_sigma)]
+    got = [t.grad.clone() for t in (x, factors.a, factors.b, factors.c)]
     assert all(g.dtype == torch.float32 for g in got)
-    for t in (x, factors.a, factors.b, factors.delta_sigma):
+    for t in (x, factors.a, factors.b, factors.c):
         t.grad = None
     add_product(result.detach().float(), x, factors).sum().backward()
-    for g, t in zip(got, (x, factors.a, factors.b, factors.delta_sigma)):
+    for g, t in zip(got, (x, factors.a, factors.b, factors.c)):
         torch.testing.assert_close(g, t.grad, rtol=0.05, atol=0.1)
 
 

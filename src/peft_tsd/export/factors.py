@@ -10,7 +10,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from ..tuner.config import TsdConfig
-from ..tuner.held import used_columns
+from ..tuner.held import joined_coefficients, used_columns
 from ..tuner.stacked import Factors
 
 
@@ -44,8 +44,12 @@ def stack_layer(
         if config.dash_unit != "one":
             theta = read("lora_directions.unit").float() * theta
         u, v = read("lora_directions.u").float(), read("lora_directions.v").float()
-        factors = factors._replace(delta_sigma=config.dash_lr_ratio * theta, u=u, v=v)
-    if (identified and config.subtracts_start) or config.subtracts_init:
+        c = config.dash_lr_ratio * theta
+        if config.joins_start:
+            to_unit, taken = (read(f"lora_directions.{part}").float() for part in ("to_unit", "taken"))
+            c = joined_coefficients(c, to_unit, taken, scaling)
+        factors = factors._replace(c=c, u=u, v=v)
+    if (identified and config.subtracts_start and not config.joins_start) or config.subtracts_init:
         a0, b0 = read("lora_directions.a0").float(), read("lora_directions.b0").float()
         factors = factors._replace(a0=a0, b0=b0)
     try:
@@ -62,10 +66,10 @@ def stack_layer(
 
 def _without_unused(factors: Factors) -> Factors:
     """Without the columns of U that hold no direction: a layer may have more slots than directions."""
-    if factors.u is None or factors.v is None or factors.delta_sigma is None:
+    if factors.u is None or factors.v is None or factors.c is None:
         return factors
     used = used_columns(factors.u)
-    return factors._replace(delta_sigma=factors.delta_sigma[used], u=factors.u[:, used], v=factors.v[used])
+    return factors._replace(c=factors.c[used], u=factors.u[:, used], v=factors.v[used])
 
 
 def lora_scaling(config: LoraConfig, name: str, rank: int) -> float:

@@ -5,9 +5,10 @@ Each adapter *is* a LoRA of a higher rank. With A, B and scaling s of LoRA, dire
 
     A' = [s·A; diag(Δσ)·Vᵀ; −s·A₀],    B' = [B, U, B₀],    scaling 1
 
-is exact: rank r + s, or 2r + s with the `"svd"` reading of LoRA-Init. Compression to a smaller rank goes through QR of
-both factors and an SVD of the small core between them; the dense change is never formed. All layers of an export then
-get one rank (`ranks`).
+is exact: rank r + s, 2r in LoRA-Init with the `"svd"` reading, and r + max(r, s) in LoRA-TSD with it, whose A₀ and B₀
+lie along V and U (`peft_tsd.tuner.held.Joined`). Compression to a smaller rank goes through QR of both factors and an
+SVD of the small core between them; the dense change is never formed. All layers of an export then get one rank
+(`ranks`).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from ..models.wrapped import adapted_model, modules_in_base
 from ..tuner.checking import check_config, check_weights
 from ..tuner.config import TsdConfig
 from ..tuner.directed import DirectedLayer
+from ..tuner.held import joined_as_now
 from ..tuner.phase import adapted_layers
 from .dash import Stacked, stack_layers
 from .factors import stack_layer, truncate
@@ -99,8 +101,9 @@ def export_lora(
             `save_pretrained`.
         out: The folder to make; it must not exist.
         rank: Compress to at most this rank by truncated SVD, and report the relative error of each layer. Exact, at
-            rank r + s (or 2r + s with the `"svd"` reading of LoRA-Init), by default. Either way all layers get one
-            rank, filled up with zeros to the next that servers take: 8, or a multiple of 16; not below the one given.
+            rank r + s (with the `"svd"` reading r + max(r, s), in LoRA-Init 2r), by default. Either way all layers get
+            one rank, filled up with zeros to the next that servers take: 8, or a multiple of 16; not below the one
+            given.
         adapter_name: The adapter of the model to export; the active one by default.
 
     Raises:
@@ -226,6 +229,8 @@ def as_lora(config: TsdConfig, state: dict[str, Tensor], rank: int | None) -> Lo
         ValueError: The adapter has no layer, or as `stack_layer`.
     """
     layers = sorted(key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight"))
+    if config.joins_start:
+        state = joined_as_now(state)
     if not layers:
         raise ValueError("The adapter has no LoRA layer; there is nothing to export.")
     out = {

@@ -146,6 +146,9 @@ def check_fits(folder: str | os.PathLike[str], model: nn.Module, adapter_name: s
     path = file_in(Path(folder), WEIGHTS)
     with told(path, "is for another base"), safe_open(path, framework="pt") as file:
         found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys() if pattern.search(key)}  # noqa: SIM118
+        for layer in [key.removesuffix("lora_directions.taken") for key in wanted if key.endswith("directions.taken")]:
+            if f"{layer}lora_directions.a0" in found:
+                wanted = _apart(wanted, layer)
         for key in sorted(wanted.keys() ^ found.keys()):
             lacks = "it lacks" if key in wanted else "the model has no place for its"
             raise ValueError(f"{lacks} {key.removeprefix(PREFIX)}")
@@ -213,15 +216,20 @@ def _check_layers(config: TsdConfig, shapes: dict[str, tuple[int, ...]], whole_n
         raise ValueError("it has no LoRA layer")
 
     @cache
-    def expected(a: tuple[int, ...], out: int) -> dict[str, Any]:
-        return _parts(config, a, out)
+    def expected(a: tuple[int, ...], out: int, apart: bool) -> dict[str, Any]:
+        parts = _parts(config, a, out)
+        if not apart:
+            return parts
+        shapes = _apart({name: shape for name, (shape, _) in parts.items()})
+        return {name: (shape, name in parts and parts[name][1]) for name, shape in shapes.items()}
 
     for layer, found in layers.items():
         name = layer.removeprefix(PREFIX)
         shape_a, shape_b = (found.get(f"lora_{factor}.weight", ((), False))[0] for factor in "AB")
         if not (shape_a and shape_b):
             raise ValueError(f"layer {name!r} lacks 'lora_A.weight' or 'lora_B.weight'")
-        wanted = expected(shape_a, shape_b[0])
+        apart = config.joins_start and "lora_directions.a0" in found
+        wanted = expected(shape_a, shape_b[0], apart)
         for part in sorted(wanted.keys() | found.keys()):
             if part not in found:
                 raise ValueError(f"layer {name!r} lacks {part!r}")
@@ -242,6 +250,17 @@ def _parts(config: TsdConfig, a: tuple[int, ...], out: int) -> dict[str, tuple[t
         for key, tensor in layer.state_dict().items()
         if key.startswith("lora_")
     }
+
+
+def _apart(shapes: dict[str, tuple[int, ...]], layer: str = "") -> dict[str, tuple[int, ...]]:
+    """`shapes` by name, with those of LoRA-TSD's `"svd"` start in one layer as 0.1.0 saved them: directions and start
+    apart. What the names of the layer's parts begin with is `layer`."""
+    held = f"{layer}lora_directions."
+    out, in_size = shapes[f"{held}u"][0], shapes[f"{held}v"][1]
+    slots, rank = shapes[f"{layer}lora_dash.weight"][0], shapes[f"{layer}lora_A.weight"][0]
+    apart = {"u": (out, slots), "v": (slots, in_size), "a0": (rank, in_size), "b0": (out, rank)}
+    others = {name: shape for name, shape in shapes.items() if name not in (f"{held}taken", f"{held}to_unit")}
+    return {**others, **{held + name: shape for name, shape in apart.items()}}
 
 
 def _kind(part: tuple[tuple[int, ...], bool]) -> str:

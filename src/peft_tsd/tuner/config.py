@@ -164,6 +164,12 @@ class TsdConfig(DirectionSettings, LoraConfig):
         return self.starts_from_directions and self.direction_source == "weight" and self.init_reading == "svd"
 
     @property
+    def joins_start(self) -> bool:
+        """Whether that product lies along the directions that Δσ is learned along: LoRA-TSD, whose rank is then
+        r + max(r, slots)."""
+        return self.subtracts_start and self.learns_along_directions
+
+    @property
     def subtracts_init(self) -> bool:
         """Whether the layer subtracts the product that A and B are initialized with, as PiSSA's."""
         return moves_base(self.init_lora_weights)

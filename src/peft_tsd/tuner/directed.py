@@ -218,7 +218,7 @@ class DirectedLayer(_Mixin):
             generator = torch.Generator().manual_seed(seed)
             u, v = (torch.linalg.qr(torch.randn(x.shape, generator=generator, dtype=x.dtype)).Q for x in (u, v))
         n = min(len(triples.s), len(fixed.indices))
-        num_dash = 0 if fixed.u is None else fixed.u.shape[1]
+        num_dash = fixed.slots
         chosen = TaskSpecificDirections(
             indices=torch.arange(n),
             rates=(triples.s / triples.norm)[:n].float().cpu(),
@@ -279,7 +279,7 @@ class DirectedLayer(_Mixin):
             unit = mean_square.sqrt().expand(slots) if config.dash_unit == "layer" else chosen.sigma[:slots]
         start_a, start_b = self._start(adapter, chosen)
         # Only the chosen few go on, and off an accelerator, until every layer is done and all can be written at once.
-        num_dash = 0 if fixed.u is None else fixed.u.shape[1]
+        num_dash = fixed.slots
         chosen = chosen._replace(u=chosen.u[:, :num_dash].clone(), v=chosen.v[:, :num_dash].clone())
         unit, start_a, start_b = (None if x is None else x.cpu() for x in (unit, start_a, start_b))
         return Identified(TaskSpecificDirections(*(x.cpu() for x in chosen)), unit, start_a, start_b, chance)

@@ -8,10 +8,11 @@ them, PyTorch copies them into averaged models, and every process holds them who
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
@@ -29,6 +30,69 @@ class DashScalars(nn.Module):
         self.weight = nn.Parameter(torch.zeros(slots))
 
 
+class Joined(NamedTuple):
+    """Directions, and a start of A and B along the first r of them, as one set of n = max(r, slots) columns.
+
+    LoRA-TSD's `"svd"` start is the directions themselves, `s·B₀·A₀ = Σ_{j<r} σ_j u_j v_jᵀ`, so that
+
+        −s·B₀·A₀ + Σ_j Δσ_j u_j v_jᵀ = Σ_j (to_unit_j²·Δσ_j − s·taken_j) ū_j v̄_jᵀ
+
+    is of rank max(r, slots), where ū_j and v̄_j are B₀'s column and A₀'s row as they are rounded: then B·A is taken out
+    to the bit, as long as it is where it started. (Si et al., arXiv 2409.01035, have r + slots.)
+    """
+
+    u: Tensor
+    """ū, shape (out, n): B₀'s columns, then directions; zero where there is neither."""
+    v: Tensor
+    """v̄, shape (n, in): A₀'s rows, then directions."""
+    to_unit: Tensor
+    """`(‖ū_j‖‖v̄_j‖)^-½`, shape (n,), zero where no Δσ is learned along the column. Not its square, which float16 may
+    not hold."""
+    taken: Tensor
+    """1 where ū_j v̄_jᵀ is of the start, 0 elsewhere, shape (n,)."""
+
+
+def join(u: Tensor, v: Tensor, a0: Tensor, b0: Tensor) -> Joined:
+    """Directions (out, slots) and (slots, in), zero where there is none, and a start (r, in) and (out, r) along them.
+
+    Where the start is zero (a σ of nothing, or fewer than r directions), a direction stays what it was.
+    """
+    r, wide = len(a0), torch.promote_types(a0.dtype, torch.float32)
+    more = max(r - len(v), 0)
+    learned = F.pad(used_columns(u), (0, more))
+    u, v = F.pad(u, (0, more)), F.pad(v, (0, 0, 0, more))
+    norm = F.pad(b0.to(wide).norm(dim=0) * a0.to(wide).norm(dim=1), (0, len(v) - r))
+    taken = norm > 0
+    u[:, :r] = torch.where(taken[:r], b0, u[:, :r])
+    v[:r] = torch.where(taken[:r, None], a0, v[:r])
+    to_unit = torch.where(taken, norm.rsqrt(), 1) * learned
+    return Joined(u, v, to_unit.to(u.dtype), taken.to(u.dtype))
+
+
+def join_in(state: dict[str, Any], prefix: str) -> None:
+    """Join what 0.1.0 saved apart, `u`, `v`, `a0` and `b0` in a state dict, whose names begin with `prefix`."""
+    parts = [whole(state[prefix + name]) for name in ("u", "v")]
+    parts += [whole(state.pop(prefix + name)) for name in ("a0", "b0")]
+    state.update({prefix + name: value for name, value in join(*parts)._asdict().items()})
+
+
+def joined_as_now(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's tensors, named as in its file, with what 0.1.0 saved apart joined."""
+    state = dict(state)
+    for key in list(state):
+        if key.endswith(".lora_directions.a0"):
+            join_in(state, key.removesuffix("a0"))
+    return state
+
+
+def joined_coefficients(delta_sigma: Tensor, to_unit: Tensor, taken: Tensor, scaling: float) -> Tensor:
+    """What each column of `Joined` is multiplied by, shape (n,), from Δσ (slots,): in float32 at least, in which the
+    start is taken out by as much as LoRA's own product with `scaling` puts in, and a Δσ far below σ is not lost."""
+    wide = torch.promote_types(delta_sigma.dtype, torch.float32)
+    padded = F.pad(delta_sigma.to(wide), (0, len(taken) - len(delta_sigma)))
+    return to_unit.to(wide).square() * padded - scaling * taken.to(wide)
+
+
 class FixedDirections(nn.Module):
     """What identification leaves in one layer, as buffers.
 
@@ -43,7 +107,8 @@ class FixedDirections(nn.Module):
         rates, sigma: Change rates and singular values of those, shape (m,).
         unit: What Δσ is measured in, shape (slots,); None where it is 1.
         u, v: Directions of the dash, shapes (out, slots) and (slots, in), zero where there is none; None for
-            LoRA-Init.
+            LoRA-Init. In LoRA-TSD with the `"svd"` reading as many as the larger of r and the slots, as `Joined`.
+        to_unit, taken: As `Joined`; None elsewhere.
         a0, b0: Starting factors, shapes (r, in) and (out, r); None but for the `"svd"` reading of LoRA-Init and for
             LoRA-Dash from PiSSA and its like.
         candidates: The directions that the last check of an automatic pre-launch found, highest rate first; int64,
@@ -51,6 +116,7 @@ class FixedDirections(nn.Module):
         agreement: What each of its checks found, over all layers, in the order of `TsdConfig.check_steps`; -1 before.
 
     Args:
+        num_joined: Of LoRA-TSD's start that lies along the directions: r; 0 where there is none.
         starts_apart: a0 and b0 are there from the start, and may differ between processes until DDP has sent around
             those of rank 0, as it does with A and B.
     """
@@ -63,6 +129,8 @@ class FixedDirections(nn.Module):
     unit: Tensor | None
     u: Tensor | None
     v: Tensor | None
+    to_unit: Tensor | None
+    taken: Tensor | None
     a0: Tensor | None
     b0: Tensor | None
     candidates: Tensor | None
@@ -76,12 +144,15 @@ class FixedDirections(nn.Module):
         num_dash: int,
         num_start: int,
         *,
+        num_joined: int = 0,
         has_unit: bool,
         num_checks: int,
         starts_apart: bool = False,
     ) -> None:
         super().__init__()
         self._apart = ("a0", "b0") if starts_apart else ()
+        self.slots = num_dash
+        columns = max(num_dash, num_joined)
         # PEFT's low_cpu_mem_usage puts new parameters on the meta device, and leaves buffers to whoever makes them.
         device = DashScalars(0).weight.device
 
@@ -97,8 +168,10 @@ class FixedDirections(nn.Module):
         hold("rates", num_chosen)
         hold("sigma", num_chosen)
         hold("unit", num_dash * has_unit)
-        hold("u", out_size, num_dash)
-        hold("v", num_dash, in_size)
+        hold("u", out_size, columns)
+        hold("v", columns, in_size)
+        hold("to_unit", columns * bool(num_joined))
+        hold("taken", columns * bool(num_joined))
         hold("a0", num_start, in_size)
         hold("b0", out_size, num_start)
         hold("candidates", num_chosen * bool(num_checks), dtype=torch.int64, fill=-1)
@@ -121,6 +194,34 @@ class FixedDirections(nn.Module):
         return found
 
     @property
+    def num_along(self) -> int:
+        """How many directions the dash learns along."""
+        if self.u is None:
+            return 0
+        return int((used_columns(self.u) if self.to_unit is None else self.to_unit.ne(0)).sum())
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """The directions that the dash learns along as unit vectors: (out, n) and (in, n)."""
+        assert self.u is not None
+        assert self.v is not None
+        u, v = self.u[:, : self.num_along], self.v[: self.num_along].mT
+        return (u, v) if self.taken is None else (F.normalize(u, dim=0), F.normalize(v, dim=0))
+
+    def coefficients(self, delta_sigma: Tensor, scaling: float) -> Tensor:
+        """What each column of U and V is multiplied by, for LoRA's `scaling`: Δσ, less a start along them."""
+        if self.to_unit is None or self.taken is None:
+            return delta_sigma
+        return joined_coefficients(delta_sigma, self.to_unit, self.taken, scaling)
+
+    @torch.no_grad()
+    def join_start(self, a0: Tensor, b0: Tensor) -> None:
+        """Put a start along the directions, A₀ (r, in) and B₀ (out, r), in their place."""
+        assert self.u is not None
+        assert self.v is not None
+        for name, value in join(self.u, self.v, a0, b0)._asdict().items():
+            getattr(self, name).copy_(value)
+
+    @property
     def averaged(self) -> bool:
         """Whether the indices are no positions in the spectrum: what is left of them where they were averaged."""
         chosen = self.indices[self.indices >= 0].tolist()
@@ -130,6 +231,8 @@ class FixedDirections(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *args: Any
     ) -> None:
+        if self.taken is not None and prefix + "a0" in state_dict:
+            join_in(state_dict, prefix)
         for name, buffer in self._buffers.items():
             value = state_dict.get(prefix + name)
             if isinstance(value, DTensor):

@@ -73,7 +73,8 @@ class TsdLayer(DirectedLayer, LoraLayer):
             out_size,
             num_chosen=max(num_dash, num_start),
             num_dash=num_dash,
-            num_start=r if config.subtracts_init or config.subtracts_start else 0,
+            num_start=r if config.subtracts_init or (config.subtracts_start and not config.joins_start) else 0,
+            num_joined=r if config.joins_start else 0,
             has_unit=config.dash_unit != "one",
             num_checks=len(config.check_steps),
             starts_apart=config.subtracts_init,
@@ -141,15 +142,16 @@ class TsdLayer(DirectedLayer, LoraLayer):
             # FSDP's mixed precision, diffusers' cast_training_params and others cast parameters alone.
             return None if buffer is None else buffer.to(a.dtype)
 
-        delta_sigma = None
+        c = None
         if fixed.u is not None:
             # PEFT's set_scale and scale_layer turn the strength of a whole adapter up and down through `scaling`.
-            delta_sigma = self.delta_sigma(adapter, self._strength(adapter))
+            delta_sigma = self.delta_sigma(adapter, self._strength(adapter)).to(a.dtype)
+            c = fixed.coefficients(delta_sigma, self.scaling[adapter])
         return Factors(
             a=a,
             b=self.lora_B[adapter].weight.flatten(1),
             scaling=self.scaling[adapter],
-            delta_sigma=read(delta_sigma),
+            c=c,
             u=read(fixed.u),
             v=read(fixed.v),
             a0=read(fixed.a0),
@@ -287,6 +289,10 @@ class TsdLayer(DirectedLayer, LoraLayer):
                 assign(self.lora_B[adapter].bias, torch.zeros(()))
             self._fix_start(adapter)
         super().fill(adapter, found)
+        if self.tsd_config[adapter].joins_start:
+            # From the parameters, as `_fix_start`.
+            a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+            self.fixed(adapter).join_start(whole(a).flatten(1), whole(b).flatten(1))
 
     @torch.no_grad()
     def _let_learn(self, adapter: str) -> None:

@@ -16,7 +16,7 @@ from ..models.wrapped import check_saveable
 from .config import TsdConfig
 from .directed import DirectedLayer
 from .dispatch import check_experts, create_layer
-from .held import FixedDirections
+from .held import FixedDirections, joined_as_now
 from .layer import TsdLayer
 from .phase import (
     Phase,
@@ -104,6 +104,8 @@ class DirectedModel:
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         check_saveable(model)
+        if getattr(config, "joins_start", False):
+            state_dict = joined_as_now(state_dict)
         found: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(  # type: ignore[misc]
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )

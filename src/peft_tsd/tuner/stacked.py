@@ -1,9 +1,11 @@
 """The effective change of one layer as a single low-rank product, and adding that product to the base layer's output.
 
-With A (r, in), B (out, r) and scaling s of LoRA, directions U (out, n), V (in, n) and their changes Δσ (n,), and the
-starting factors A₀ (r, in), B₀ (out, r) of LoRA-Init's `"svd"` reading (Si et al., arXiv 2409.01035):
+With A (r, in), B (out, r) and scaling s of LoRA, directions U (out, n), V (in, n) and what each is multiplied by,
+c (n,), and the starting factors A₀ (r, in), B₀ (out, r) of LoRA-Init's `"svd"` reading (Si et al., arXiv 2409.01035):
 
-    ΔW = s·B·A + U·diag(Δσ)·Vᵀ − s·B₀·A₀ = B'·A',    A' = [s·A; diag(Δσ)·Vᵀ; −s·A₀],    B' = [B, U, B₀]
+    ΔW = s·B·A + U·diag(c)·Vᵀ − s·B₀·A₀ = B'·A',    A' = [s·A; diag(c)·Vᵀ; −s·A₀],    B' = [B, U, B₀]
+
+c is Δσ; in LoRA-TSD, whose start lies along its directions, Δσ less that start (`peft_tsd.tuner.held`).
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ class Factors(NamedTuple):
     """B, shape (out, r)."""
     scaling: float
     """s."""
-    delta_sigma: Tensor | None = None
-    """Δσ, shape (n,)."""
+    c: Tensor | None = None
+    """What each direction is multiplied by, shape (n,); it may be wider than the rest."""
     u: Tensor | None = None
     """U, shape (out, n)."""
     v: Tensor | None = None
@@ -40,8 +42,8 @@ class Factors(NamedTuple):
     def down(self) -> Tensor:
         """A', shape (rank, in)."""
         parts = [self.scaling * self.a]
-        if self.v is not None and self.delta_sigma is not None:
-            parts.append(self.delta_sigma[:, None] * self.v)
+        if self.v is not None and self.c is not None:
+            parts.append((self.c[:, None] * self.v).to(self.a.dtype))
         if self.a0 is not None:
             parts.append(-self.scaling * self.a0)
         return torch.cat(parts)
@@ -107,7 +109,7 @@ class _AddProduct(torch.autograd.Function):
     """`add_product`, or `adapted_linear` with a weight in place of the result, with hand-written gradients. With G the
     gradient of the output, over all rows:
 
-    ∂result = G,    ∂x = (G B') A' (+ G W),    ∂A = s·(G B)ᵀ x,    ∂B = Gᵀ (s·x Aᵀ),    ∂Δσ_j = u_jᵀ Gᵀ x v_j
+    ∂result = G,    ∂x = (G B') A' (+ G W),    ∂A = s·(G B)ᵀ x,    ∂B = Gᵀ (s·x Aᵀ),    ∂c_j = u_jᵀ Gᵀ x v_j
 
     They can be differentiated in turn (`create_graph=True`).
     """
@@ -134,20 +136,21 @@ class _AddProduct(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, of_a, *parts = ctx.saved_tensors
         factors = Factors(*parts)._replace(scaling=ctx.scaling)
-        _, needs_x, _, _, needs_a, needs_b, _, needs_delta_sigma, *_ = ctx.needs_input_grad
-        grad_x = grad_a = grad_b = grad_delta_sigma = None
+        _, needs_x, _, _, needs_a, needs_b, _, needs_c, *_ = ctx.needs_input_grad
+        grad_x = grad_a = grad_b = grad_c = None
         with ctx.autocast:
             if torch.is_grad_enabled():  # what was kept of s·A·x does not know where it comes from
                 of_a = F.linear(x, factors.scaling * factors.a)
             g = _rows(gradient).to(of_a.dtype)
             along = g @ factors.up()
-            if needs_a or needs_delta_sigma:
+            if needs_a or needs_c:
                 r = len(factors.a)
                 n = 0 if factors.v is None else len(factors.v)
-                moved = along[:, : r + n].mT @ _rows(x)
+                # A slice of all would be an alias, for which the batching of `jacobian(vectorize=True)` has no rule.
+                moved = (along if along.shape[1] == r + n else along[:, : r + n]).mT @ _rows(x)
                 grad_a = factors.scaling * moved[:r]
                 if factors.v is not None:
-                    grad_delta_sigma = (moved[r:] * factors.v).sum(1)
+                    grad_c = (moved[r:] * factors.v).sum(1)
             if needs_b:
                 # The transpose of (x Aᵀ)ᵀ G: with so few columns, Gᵀ (x Aᵀ) itself is up to three times slower.
                 grad_b = (_rows(of_a).mT @ g).mT
@@ -156,7 +159,7 @@ class _AddProduct(torch.autograd.Function):
                 grad_x = along @ down if weight is None else (g @ weight).addmm_(along, down)
                 grad_x = grad_x.view_as(x)
         grad_result = gradient if weight is None else None
-        return grad_result, grad_x, None, None, grad_a, grad_b, None, grad_delta_sigma, None, None, None, None
+        return grad_result, grad_x, None, None, grad_a, grad_b, None, grad_c, None, None, None, None
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..distributed.sharded import whole
 from .directed import DirectedLayer
-from .held import used_columns
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Directions(Mapping[str, LayerDirections]):
 def directions_of(layer: DirectedLayer, adapter: str) -> LayerDirections:
     fixed = layer.fixed(adapter)
     out_size, in_size = layer.matrix_shape
-    dash = 0 if fixed.u is None else int(used_columns(fixed.u).sum())
+    dash = fixed.num_along
     start = layer.r[adapter] if layer.restarted(adapter) else 0
     chosen = min(int(fixed.indices.ge(0).sum()), max(dash, start))
 
@@ -92,7 +91,7 @@ def directions_of(layer: DirectedLayer, adapter: str) -> LayerDirections:
         delta_sigma, u, v = torch.empty(0), torch.empty(out_size, 0), torch.empty(in_size, 0)
     else:
         delta_sigma = read(layer.delta_sigma(adapter, read=whole))[:dash]
-        u, v = read(fixed.u)[:, :dash], read(fixed.v)[:dash].mT
+        u, v = map(read, fixed.pairs())
 
     return LayerDirections(
         indices=read(fixed.indices)[:chosen],

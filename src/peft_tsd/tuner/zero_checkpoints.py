@@ -18,6 +18,7 @@ from ..errors import AdapterError, one_line
 from ..files.adapters import PREFIX, WEIGHTS
 from .checking import check_weights
 from .directed import DirectedLayer
+from .held import joined_as_now
 from .phase import config_of, steps_taken
 
 
@@ -37,8 +38,11 @@ def restore(layers: Mapping[str, DirectedLayer], adapter: str, step: int, output
         "with PeftModel.from_pretrained(base, CHECKPOINT, is_trainable=True)."
     )
     try:
-        check_weights(path, config_of(layers, adapter))
+        config = config_of(layers, adapter)
+        check_weights(path, config)
         saved = load_file(path)
+        if getattr(config, "joins_start", False):
+            saved = joined_as_now(saved)
     except (AdapterError, OSError, SafetensorError) as error:
         raise ValueError(
             f"The directions at step {step} cannot be read from {str(path)!r}: {one_line(error)}. {advice}"
