@@ -1,5 +1,7 @@
 """What is run in a comparison."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -120,3 +122,77 @@ def test_unknown_tasks_are_refused():
 def test_paths_hold_no_odd_characters():
     cell = Cell("a b", "lora-tsd", 4, (("data.name", "x/../../y"),), 0)
     assert cell.path == "a_b/lora-tsd-r4-name=x_.._.._y/seed-0"
+
+
+@pytest.fixture
+def with_variants(recipe):
+    content = yaml.safe_load(Path(recipe).read_text())
+    table = {
+        "lora": {"method": "lora"},
+        "alpha": {"method": "lora", "adapter.lora_alpha": 48},
+        "wide": {"method": "lora", "adapter.r": 16, "adapter.lora_alpha": 48},
+        "bare": {"method": "base"},
+        "ours": {"method": "lora-init", "directions.prelaunch_steps": 0, "directions.direction_source": "gradient"},
+    }
+    content["choices"] = {"variant": {"default": "lora", "table": table}}
+    Path(recipe).write_text(yaml.safe_dump(content))
+    return recipe
+
+
+def test_variants_of_one_method_stand_side_by_side(with_variants):
+    plan = make_plan(with_variants, variants=["lora", "alpha", "wide", "ours"], seeds=[0])
+    made = {cell.variant: plan.recipe_of(cell, "/out") for cell in plan.cells()}
+    assert [cell.group.label for cell in plan.cells()] == ["lora r4", "alpha r4", "wide r16", "ours r4"]
+    assert len({cell.path for cell in plan.cells()}) == 4
+    assert [(one.method, one.adapter.r, one.adapter.lora_alpha) for one in made.values()] == [
+        ("lora", 4, 12),
+        ("lora", 4, 48),
+        ("lora", 16, 48),
+        ("lora-init", 4, 12),
+    ]
+    assert made["ours"].directions.direction_source == "gradient"
+    assert made["lora"].directions.direction_source == "weight"
+    # At ranks that are given, alpha keeps each variant's own proportion.
+    plan = make_plan(with_variants, variants=["lora", "alpha", "wide"], ranks=[2], seeds=[0])
+    adapters = [plan.recipe_of(cell, "/out").adapter for cell in plan.cells()]
+    assert [(one.r, one.lora_alpha) for one in adapters] == [(2, 6), (2, 24), (2, 6)]
+
+
+def test_variants_are_tuned_like_methods(with_variants):
+    plan = make_plan(with_variants, variants=["lora", "wide", "bare"], seeds=[0, 1], tune=("lr", [1e-4, 1e-3]))
+    assert {plan.tuned_cell(cell) for cell in plan.cells() if cell.method != "base"} == set(plan.tuned_cells())
+
+
+def test_every_seed_is_run_at_every_rate(with_variants):
+    plan = make_plan(with_variants, variants=["lora", "ours", "bare"], seeds=[0, 1], rates=[1e-4, 1e-3, 1e-2])
+    cells = plan.cells()
+    # What trains nothing has no rate.
+    assert {name: sum(cell.variant == name for cell in cells) for name in ("lora", "ours", "bare")} == {
+        "lora": 6,
+        "ours": 6,
+        "bare": 2,
+    }
+    for cell in cells:
+        rate = plan.recipe_of(cell, "/out").optimizer.learning_rate
+        assert cell.group.rate == (None if cell.variant == "bare" else rate)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"variants": ["loar"]}, "--variants: the recipe has no 'loar'; did you mean 'lora'?"),
+        ({"variants": ["lora"], "methods": ["lora"]}, "--methods and --variants"),
+        ({"variants": ["lora"], "rates": [1e-3, 1e-3]}, "--rates must name one or more, each once"),
+        ({"rates": [1e-3], "tune": ("lr", [1e-3, 1e-4])}, "is varied, and cannot be tuned too"),
+        ({"rates": [-1.0]}, "optimizer.learning_rate=-1.0"),
+    ],
+)
+def test_wrong_variants_and_rates_are_refused(with_variants, settings, message):
+    with pytest.raises(InputError) as error:
+        make_plan(with_variants, seeds=[0], **settings)
+    assert message in str(error.value)
+
+
+def test_a_recipe_without_variants_says_so(recipe):
+    with pytest.raises(InputError, match="--variants=lora: the recipe .* has no choice of variant"):
+        make_plan(recipe, variants=["lora"], seeds=[0])

@@ -139,3 +139,20 @@ def test_markdown_cells_line_up():
         "| long name |    1 |",
         "| x         | 20.5 |",
     ]
+
+
+def test_variants_are_compared_with_the_one_called_lora():
+    rows = [row("lora", s, 0.5 + s / 10, variant="lora") for s in (0, 1)]
+    rows += [row("lora", s, 0.6 + s / 10, variant="alpha") for s in (0, 1)]
+    rows += [row("lora", s, 0.4 + s / 10, rank=16, variant="wide") for s in (0, 1)]
+    lora, alpha, wide = summarize(rows)
+    assert (lora.group.label, alpha.group.label) == ("lora r4", "alpha r4")
+    assert lora.against_lora is None
+    assert alpha.against_lora.difference.mean == pytest.approx(0.1)
+    assert wide.against_lora.difference.mean == pytest.approx(-0.1)
+
+
+def test_rows_of_an_older_version_have_no_variant():
+    old = row("lora", 0, 0.5)
+    del old["variant"]
+    assert summarize([old])[0].group.label == "lora r4"

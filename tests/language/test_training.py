@@ -336,6 +336,21 @@ def test_held_out_rows_are_evaluated_on_the_way(place):
     assert result.metrics["score"]["loss"] == plain.metrics["score"]["loss"]
 
 
+def test_evaluations_can_write_no_answers_and_few_at_the_end(place):
+    more = {"every": 6, "during": "loss", "metric_rows": 2}
+    result = run(text_models.write_recipe(place, evaluation=more, data={"validation_size": 5}))
+    assert [sorted(one) for one in result.metrics["evaluations"]] == [["loss", "step"]] * 2
+    score = result.metrics["score"]
+    assert score["questions"] == 2
+    assert result.metrics["data"]["test"] == 6
+    # The losses are those of all rows.
+    job = preparing.prepare(load_recipe(str(result.folder.recipe), ["output=other"]))
+    assert (len(job.held_out), len(job.validation)) == (6, 5)
+    assert score["loss"] == pytest.approx(job.loss_of(result.model, job.held_out), rel=1e-6)
+    assert score["validation_loss"] == pytest.approx(job.loss_of(result.model, job.validation), rel=1e-6)
+    assert evaluate(str(result.folder.path))["questions"] == 2
+
+
 def test_the_held_out_loss_is_the_mean_over_tokens_of_answers(place):
     result = run(text_models.write_recipe(place), "evaluation.batch_size=3")
     job = preparing.prepare(load_recipe(str(text_models.write_recipe(place)), ["output=other"]))

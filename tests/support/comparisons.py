@@ -4,7 +4,7 @@ from peft_tsd.compare.plan import Cell
 from peft_tsd.compare.results import row_of
 
 
-def row(method, seed, score, *, rank=4, task=None, variation=(), held_out=None, **more):
+def row(method, seed, score, *, rank=4, task=None, variation=(), variant=None, held_out=None, **more):
     metrics = {
         "score": {"metric": "accuracy", "after": score, "questions": 10, "loss": held_out},
         "trainable_parameters": 5,
@@ -20,4 +20,4 @@ def row(method, seed, score, *, rank=4, task=None, variation=(), held_out=None, 
         "machine": {},
         **more,
     }
-    return row_of(Cell(task, method, rank, variation, seed), metrics, {"optimizer": {"learning_rate": 1e-3}})
+    return row_of(Cell(task, method, rank, variation, seed, variant), metrics, {"optimizer": {"learning_rate": 1e-3}})

@@ -18,7 +18,7 @@ from ..recipes.reading import find_recipe
 from ..runs.stopping import Interrupted
 from .screen import BAD_INPUT, DONE, INTERRUPTED, near, say_how_to_resume, screen
 from .summary import summary
-from .values import adapter_folder, numbers, values_of
+from .values import adapter_folder, numbers, rates, values_of
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -38,10 +38,12 @@ def compare(arguments: argparse.Namespace) -> int:
     plan = comparing.make_plan(
         arguments.recipe,
         arguments.overrides,
-        methods=arguments.methods.split(",") if arguments.methods is not None else comparing.METHODS,
+        methods=_listed(arguments.methods),
+        variants=_listed(arguments.variants),
         ranks=numbers("--ranks", arguments.ranks),
         seeds=numbers("--seeds", arguments.seeds) or (),
-        tasks=arguments.tasks.split(",") if arguments.tasks is not None else None,
+        tasks=_listed(arguments.tasks),
+        rates=rates("--rates", arguments.rates),
         vary=dict(values_of("--vary", given) for given in arguments.vary),
         tune=values_of("--tune", arguments.tune) if arguments.tune is not None else None,
         validation_size=arguments.validation_size,
@@ -54,6 +56,10 @@ def compare(arguments: argparse.Namespace) -> int:
             return INTERRUPTED
     print(f"\n{result.document}\nresults   {near(out / 'results.json')}\nreport    {near(out / 'report.html')}")
     return DONE if all(row["status"] == "finished" for row in result.rows) else BAD_INPUT
+
+
+def _listed(given: str | None) -> list[str] | None:
+    return None if given is None else given.split(",")
 
 
 def evaluate(arguments: argparse.Namespace) -> int:

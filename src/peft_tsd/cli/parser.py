@@ -20,11 +20,13 @@ def make_parser() -> argparse.ArgumentParser:
     compare.add_argument("recipe", metavar="RECIPE", help="a YAML file, or a recipe's name")
     compare.add_argument("overrides", metavar="key=value", nargs="*", help="for every run, e.g. training.steps=100")
     compare.add_argument("--methods", metavar="M,M", help="by default base,full,lora,dora,pissa,adalora,lora-…")
+    compare.add_argument("--variants", metavar="V,V", help="instead: rows of the recipe's choice of variant")
     compare.add_argument("--ranks", metavar="R,R", help="e.g. 4,8; the recipe's without it")
     compare.add_argument("--seeds", default="0,1,2", metavar="S,S", help="(default 0,1,2)")
     compare.add_argument(
         "--tasks", metavar="T,T", help="of a recipe that has a choice of task; its default without it"
     )
+    compare.add_argument("--rates", metavar="LR,LR", help="do every run with each: held-out loss over learning rate")
     compare.add_argument(
         "--vary", action="append", default=[], metavar="KEY=V,V", help="e.g. directions.prelaunch_steps=25,50,100"
     )

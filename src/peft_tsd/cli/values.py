@@ -18,6 +18,15 @@ def numbers(option: str, given: str | None) -> list[int] | None:
         raise InputError(f"{option}={given!r} must be whole numbers with commas between, such as 4,8") from None
 
 
+def rates(option: str, given: str | None) -> list[float] | None:
+    if given is None:
+        return None
+    try:
+        return [float(number) for number in given.split(",")]
+    except ValueError:
+        raise InputError(f"{option}={given!r} must be numbers with commas between, such as 1e-4,1e-3") from None
+
+
 def values_of(option: str, given: str) -> tuple[str, list[Any]]:
     key, equals, values = given.partition("=")
     if not equals or not key or not values:

@@ -1,5 +1,8 @@
 """Which runs a comparison is made of: every method at every rank, on every task, with every seed.
 
+Instead of methods, variants can be compared: rows of the recipe's choice of `variant`, each with a method and whatever
+else belongs to it, under a name of its own. So one method can stand there several times.
+
 What differs between two runs is in a cell; everything else is the recipe's. So every method trains on the same rows in
 the same order, for the same number of steps, and is scored alike.
 """
@@ -19,6 +22,8 @@ from ..recipes.shared import Directions
 
 METHODS = ("base", "full", "lora", "dora", "pissa", "adalora", "lora-dash", "lora-init", "lora-tsd")
 """What is compared by default."""
+
+LEARNING_RATE = "optimizer.learning_rate"
 
 MORE_METHODS = tuple(name for name in KNOWN if name not in METHODS)
 
@@ -44,11 +49,13 @@ class Cell(NamedTuple):
     variation: tuple[tuple[str, Any], ...]
     """Keys that are varied besides, with their values."""
     seed: int
+    variant: str | None = None
+    """A row of the recipe's `variant` choice, where these are compared."""
 
     @property
     def group(self) -> Group:
         """What this run shares with those of other tasks and seeds."""
-        return Group(self.method, self.rank, self.variation)
+        return Group(self.method, self.rank, self.variation, self.variant)
 
     @property
     def path(self) -> str:
@@ -63,11 +70,26 @@ class Group(NamedTuple):
     method: str
     rank: int | None
     variation: tuple[tuple[str, Any], ...]
+    variant: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The variant's, or the method's."""
+        return self.variant or self.method
+
+    @property
+    def rate(self) -> float | None:
+        """The learning rate, where it is varied."""
+        return dict(self.variation).get(LEARNING_RATE)
 
     @property
     def label(self) -> str:
         rank = "" if self.rank is None else f" r{self.rank}"
-        return self.method + rank + "".join(f", {key.rpartition('.')[2]}={value}" for key, value in self.variation)
+        return self.name + rank + "".join(f", {key.rpartition('.')[2]}={value}" for key, value in self.variation)
+
+    def without(self, key: str) -> Group:
+        """The group that this one is a part of, where `key` is not told apart."""
+        return self._replace(variation=tuple(pair for pair in self.variation if pair[0] != key))
 
 
 class Tuning(NamedTuple):
@@ -75,6 +97,16 @@ class Tuning(NamedTuple):
 
     key: str
     values: tuple[Any, ...]
+
+
+class Variant(NamedTuple):
+    """What is compared, at each rank and with each seed."""
+
+    name: str | None
+    """A row of the recipe's `variant` choice; None for a method as the recipe has it."""
+    method: str
+    rank: int | None = None
+    """Its own, where the plan's ranks are not given."""
 
 
 class Plan(NamedTuple):
@@ -89,6 +121,11 @@ class Plan(NamedTuple):
     variations: tuple[tuple[tuple[str, Any], ...], ...]
     tuning: Tuning | None
     validation_size: int
+    variants: tuple[Variant, ...] = ()
+    """In place of `methods`, which then are theirs."""
+
+    def _compared(self) -> Sequence[Variant]:
+        return self.variants or [Variant(None, method) for method in self.methods]
 
     def cells(self) -> list[Cell]:
         """All runs, seed by seed: what is done when a comparison is stopped is a smaller one."""
@@ -100,15 +137,15 @@ class Plan(NamedTuple):
         return [cell for cell in cells if cell.method != "base"] if self.tuning else []
 
     def _cells(self, seeds: Sequence[int], ranks: Sequence[int]) -> Iterator[Cell]:
-        for seed, task, method, rank, variation in itertools.product(
-            seeds, self.tasks, self.methods, ranks, self.variations
-        ):
-            used = tuple(pair for pair in variation if _uses(method, pair[0]))
-            yield Cell(task, method, rank if KNOWN[method].has_rank else None, used, seed)
+        for seed, task, variant in itertools.product(seeds, self.tasks, self._compared()):
+            name, method, own_rank = variant
+            for rank, variation in itertools.product([own_rank] if own_rank else ranks, self.variations):
+                used = tuple(pair for pair in variation if _uses(method, pair[0]))
+                yield Cell(task, method, rank if KNOWN[method].has_rank else None, used, seed, name)
 
     def tuned_cell(self, cell: Cell) -> Cell:
         """The one whose tuning `cell` goes by."""
-        return cell._replace(seed=self.seeds[0], rank=cell.rank and self.ranks[0])
+        return cell._replace(seed=self.seeds[0], rank=self.ranks[0] if cell.rank in self.ranks else cell.rank)
 
     def recipe_of(self, cell: Cell, output: str, tuned: Any = None, *, validate: bool = False) -> Recipe:
         """The recipe of a run.
@@ -123,6 +160,7 @@ class Plan(NamedTuple):
             InputError: As `load_recipe`.
         """
         overrides = [] if cell.task is None else [f"task={cell.task}"]
+        overrides += [] if cell.variant is None else [f"variant={cell.variant}"]
         settings: dict[str, Any] = {}
         known = choices_of(self.recipe).get("rank")
         if cell.rank is not None and known and str(cell.rank) in known.table:
@@ -151,6 +189,8 @@ def _uses(method: str, key: str) -> bool:
     section, _, name = key.rpartition(".")
     if section == "directions":
         return name in USED.get(method, ())
+    if section in ("optimizer", "training") and KNOWN[method].trains == "nothing":
+        return False
     return not (section == "adapter" and not KNOWN[method].has_rank)
 
 
@@ -158,10 +198,12 @@ def make_plan(
     recipe: str,
     overrides: Sequence[str] = (),
     *,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] | None = None,
+    variants: Sequence[str] | None = None,
     ranks: Sequence[int] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
     tasks: Sequence[str] | None = None,
+    rates: Sequence[float] | None = None,
     vary: Mapping[str, Sequence[Any]] | None = None,
     tune: tuple[str, Sequence[Any]] | None = None,
     validation_size: int = 200,
@@ -171,10 +213,12 @@ def make_plan(
     Args:
         recipe: A YAML file, or a shipped recipe's name.
         overrides: `key=value` each, for every run.
-        methods: Of `METHODS` and `MORE_METHODS`.
+        methods: Of `METHODS` and `MORE_METHODS`; the former without them and `variants`.
+        variants: In place of methods, rows of the recipe's `variant` choice.
         ranks: LoRA's r; α stays in the recipe's proportion to it. The recipe's own without it.
         seeds: Of the data order, the adapter's start, a classifier's new head.
         tasks: Rows of the recipe's `task` choice; its default without it.
+        rates: Learning rates: every run is done with each. The results then show held-out losses over the rate.
         vary: Further keys with their values; every combination is run, of the methods that use the key.
         tune: A key (`lr` is `optimizer.learning_rate`) and its values. Each method is trained with each value on each
             task, at the first rank and with the first seed, and keeps the value with the lowest loss on rows held
@@ -189,40 +233,52 @@ def make_plan(
         key = override.partition("=")[0]
         if key in _SWEPT:
             raise InputError(f"{override!r}: compare sets {key} itself; {_SWEPT[key]}")
-    for name, given in (("methods", methods), ("ranks", ranks), ("seeds", seeds), ("tasks", tasks)):
+    lists = (("methods", methods), ("variants", variants), ("ranks", ranks), ("seeds", seeds), ("tasks", tasks))
+    for name, given in (*lists, ("rates", rates)):
         if given is not None and (not given or len(set(given)) < len(given)):
             raise InputError(f"--{name} must name one or more, each once; got {', '.join(map(str, given)) or 'none'}")
-    for method in methods:
+    if methods is not None and variants is not None:
+        raise InputError("--methods and --variants are two ways to say what is compared; give one of them")
+    for method in methods or ():
         if method not in (known := METHODS + MORE_METHODS):
             raise InputError(f"--methods: {method!r} is no method{did_you_mean(method, known)}")
-    if tasks is not None:
-        if "task" not in choices:
-            raise InputError(f"--tasks={','.join(tasks)}: the recipe {recipe!r} has no choice of task; leave it out")
-        for task in tasks:
-            if task not in choices["task"].table:
-                raise InputError(f"--tasks: the recipe has no {task!r}{did_you_mean(task, choices['task'].table)}")
+    for name, rows in (("task", tasks), ("variant", variants)):
+        if rows is not None and name not in choices:
+            given = ",".join(rows)
+            raise InputError(f"--{name}s={given}: the recipe {recipe!r} has no choice of {name}; leave it out")
+        for row in rows or ():
+            if row not in (table := choices[name].table):
+                raise InputError(f"--{name}s: the recipe has no {row!r}{did_you_mean(row, table)}")
+    made = [(name, load_recipe(recipe, [f"variant={name}", *overrides])) for name in variants or ()]
+    own_variants = tuple(Variant(name, one.method, None if ranks else one.adapter.r) for name, one in made)
+    if made:
+        methods = list(dict.fromkeys(one.method for _, one in made))
+    vary = {**({} if rates is None else {LEARNING_RATE: rates}), **(vary or {})}
     own = load_recipe(recipe, overrides)
     default_task = choices["task"].default if "task" in choices else None
-    varied = [[(key, value) for value in values] for key, values in (vary or {}).items()]
-    for key in (*(vary or {}), *((tune[0],) if tune else ())):
+    varied = [[(key, value) for value in values] for key, values in vary.items()]
+    for key in (*vary, *((tune[0],) if tune else ())):
         if key in _SWEPT:
             raise InputError(f"{key!r} can be neither varied nor tuned; {_SWEPT[key]}")
     tuning = None
     if tune is not None:
         key, values = tune
-        tuning = Tuning({"lr": "optimizer.learning_rate"}.get(key, key), tuple(values))
+        tuning = Tuning({"lr": LEARNING_RATE}.get(key, key), tuple(values))
+        if tuning.key in vary:
+            raise InputError(f"{tuning.key} is varied, and cannot be tuned too; give --rates or --vary, or --tune")
         if len(values) < 2:
             raise InputError(f"--tune {key} needs two values or more to choose from; got {list(values)}")
     plan = Plan(
         recipe=recipe,
         overrides=tuple(overrides),
-        methods=tuple(methods),
+        methods=tuple(methods or METHODS),
         ranks=tuple(ranks or (own.adapter.r,)),
         seeds=tuple(seeds),
         tasks=tuple(tasks or (default_task,)),
         variations=tuple(itertools.product(*varied)),
         tuning=tuning,
         validation_size=validation_size,
+        variants=own_variants,
     )
     # Every run's recipe is made once here: a wrong key or value is found before the first run starts, also one that
     # none of the methods uses.
@@ -243,6 +299,7 @@ _SWEPT = {
     "rank": "give --ranks",
     "adapter.r": "give --ranks",
     "task": "give --tasks",
+    "variant": "give --variants",
     "resume": "a comparison always continues",
     "evaluation.on": "give --tune to use validation rows",
 }

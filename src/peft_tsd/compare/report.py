@@ -20,7 +20,18 @@ SIGNIFICANT = 0.05
 # Okabe and Ito's colours, which stay apart for colour-blind readers; a method has one, and a rank a kind of line.
 _COLOURS = ("#7f7f7f", "#000000", "#0072b2", "#56b4e9", "#cc79a7", "#b8860b", "#d55e00", "#009e73", "#9b30c9")
 
-_MORE_COLOURS = ("#8c564b", "#17a2b8", "#6b8e23", "#2f4f9f", "#8b6508", "#5c3a31", "#0e6f7d", "#4b6318")
+_MORE_COLOURS = (
+    "#8c564b",
+    "#17a2b8",
+    "#6b8e23",
+    "#2f4f9f",
+    "#8b6508",
+    "#5c3a31",
+    "#0e6f7d",
+    "#4b6318",
+    "#a0522d",
+    "#4682b4",
+)
 
 _LINES = ("solid", "dash", "dot", "dashdot", "longdash")
 
@@ -107,9 +118,9 @@ def _charts(
     charts = []
     trained = [s for s in summaries if s.trainable_parameters]
     if len(plan.ranks) > 1:
-        charts.append(_chart("Score by rank", "rank r", "score, points", _by_rank(trained), type="category"))
+        charts.append(_chart("Score by rank", "rank r", "score, points", _by_rank(trained, plan), type="category"))
     for key in sorted({key for s in trained for key, _ in s.group.variation}):
-        lines = _by_value(trained, key)
+        lines = _by_value(trained, key, plan)
         charts.append(_chart(f"Score by {key}", key, "score, points", lines, type="category"))
     done = [row for row in rows if row["status"] == "finished" and row["loss"]]
     for task in dict.fromkeys(row["task"] for row in done):
@@ -135,38 +146,37 @@ def _chart(caption: str, x: str, y: str, traces: list[dict[str, Any]], **x_axis:
     return {"caption": caption, "data": traces, "layout": layout}
 
 
-def _by_rank(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
+def _by_rank(summaries: Sequence[Summary], plan: Plan) -> list[dict[str, Any]]:
     lines: dict[Group, list[Summary]] = {}
     for summary in summaries:
         if summary.group.rank is not None:
             lines.setdefault(summary.group._replace(rank=None), []).append(summary)
     return [
-        _scores(group.label, group, [str(s.group.rank) for s in own], [s.average for s in own])
+        _scores(group, plan, [str(s.group.rank) for s in own], [s.average for s in own])
         for group, own in lines.items()
     ]
 
 
-def _by_value(summaries: Sequence[Summary], key: str) -> list[dict[str, Any]]:
+def _by_value(summaries: Sequence[Summary], key: str, plan: Plan) -> list[dict[str, Any]]:
     lines: dict[Group, list[Summary]] = {}
     for summary in summaries:
         if key in dict(summary.group.variation):
-            rest = tuple(pair for pair in summary.group.variation if pair[0] != key)
-            lines.setdefault(summary.group._replace(variation=rest), []).append(summary)
+            lines.setdefault(summary.group.without(key), []).append(summary)
     return [
-        _scores(group.label, group, [str(dict(s.group.variation)[key]) for s in own], [s.average for s in own])
+        _scores(group, plan, [str(dict(s.group.variation)[key]) for s in own], [s.average for s in own])
         for group, own in lines.items()
     ]
 
 
-def _scores(name: str, group: Group, x: list[str], values: Sequence[Interval]) -> dict[str, Any]:
+def _scores(group: Group, plan: Plan, x: list[str], values: Sequence[Interval]) -> dict[str, Any]:
     return {
         "type": "scatter",
         "mode": "lines+markers",
-        "name": name,
+        "name": group.label,
         "x": x,
         "y": [100 * value.mean for value in values],
         "error_y": {"type": "data", "array": [100 * (value.half or 0) for value in values], "thickness": 1},
-        "line": {"color": _colour(group.method)},
+        "line": {"color": _colour(group, plan)},
     }
 
 
@@ -182,7 +192,7 @@ def _losses(rows: Sequence[Mapping[str, Any]], plan: Plan) -> list[dict[str, Any
                 "name": group.label,
                 "x": steps,
                 "y": _smooth(losses),
-                "line": {"color": _colour(group.method), "dash": _line(group.rank, plan), "width": 1.5},
+                "line": {"color": _colour(group, plan), "dash": _line(group.rank, plan), "width": 1.5},
             }
         )
     return traces
@@ -198,7 +208,7 @@ def _held_out(rows: Sequence[Mapping[str, Any]], plan: Plan) -> list[dict[str, A
             "name": group.label,
             "x": [one["step"] for one in own[0]["evaluations"]],
             "y": [fmean(losses) for losses in zip(*([one["loss"] for one in row["evaluations"]] for row in own))],
-            "line": {"color": _colour(group.method), "dash": _line(group.rank, plan), "width": 1.5},
+            "line": {"color": _colour(group, plan), "dash": _line(group.rank, plan), "width": 1.5},
         }
         for group, own in evaluated.items()
     ]
@@ -218,14 +228,20 @@ def _tuned(rows: Sequence[Mapping[str, Any]], plan: Plan, what: str, scale: floa
             "name": group.label,
             "x": [str(row["value"]) for row in own],
             "y": [scale * row[what] for row in own],
-            "line": {"color": _colour(group.method), "dash": _line(group.rank, plan)},
+            "line": {"color": _colour(group, plan), "dash": _line(group.rank, plan)},
         }
         for group, own in by_group(rows).items()
     ]
 
 
-def _colour(method: str) -> str:
-    return dict(zip(METHODS + MORE_METHODS, _COLOURS + _MORE_COLOURS))[method]
+def _colour(group: Group, plan: Plan) -> str:
+    """A method's own, or that of a variant by its place among them."""
+    if group.variant is None:
+        return dict(zip(METHODS + MORE_METHODS, _COLOURS + _MORE_COLOURS))[group.method]
+    # Black is LoRA's.
+    colours = [*_COLOURS[2:], *_MORE_COLOURS]
+    others = [variant.name for variant in plan.variants if variant.name != "lora"]
+    return _COLOURS[1] if group.name == "lora" else colours[others.index(group.variant) % len(colours)]
 
 
 def _line(rank: int | None, plan: Plan) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from .held_out import steps_to_others
-from .plan import Cell, Group
+from .plan import LEARNING_RATE, Cell, Group
 
 CONFIDENCE = 0.95
 
@@ -82,6 +82,7 @@ def row_of(cell: Cell, metrics: Mapping[str, Any], recipe: Mapping[str, Any]) ->
         "score": score["after"],
         "scores": tasks or {cell.task or "test": {score["metric"]: score["after"]}},
         "held_out_loss": score.get("loss"),
+        "validation_loss": score.get("validation_loss"),
         "evaluations": metrics.get("evaluations", []),
         "questions": score["questions"],
         "left_out": score.get("left_out", []),
@@ -118,7 +119,22 @@ def _curve(losses: Sequence[Mapping[str, float]]) -> list[tuple[int, float]]:
 
 def group_of(row: Mapping[str, Any]) -> Group:
     """What a row is compared as."""
-    return Group(row["method"], row["rank"], tuple(row["variation"].items()))
+    return Group(row["method"], row["rank"], tuple(row["variation"].items()), row.get("variant"))
+
+
+def lora_beside(group: Group, others: Collection[Group]) -> Group | None:
+    """The LoRA that a group is compared with: of the same rank, and of the same variation where LoRA has such.
+
+    Of variants it is the one that is called `lora`, of the same rank where there is one.
+    """
+    named = [other for other in others if other.name == "lora"]
+    alike = [other for other in named if other.rank == group.rank] or (named if group.variant else [])
+    rate = tuple(pair for pair in group.variation if pair[0] == LEARNING_RATE)
+    for variation in ((), rate, group.variation):
+        for other in alike:
+            if other.variation == variation:
+                return other
+    return None
 
 
 def by_group(rows: Iterable[Mapping[str, Any]]) -> dict[Group, list[Mapping[str, Any]]]:
@@ -145,9 +161,8 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[Summary]:
     loras: dict[Group, Group] = {}
     differences: dict[Group, dict[str, Interval]] = {}
     for group, own in averages.items():
-        alike = (group._replace(method="lora", variation=()), group._replace(method="lora"))
-        lora = next((other for other in alike if averages.get(other)), None)
-        if group.method != "lora" and lora and own.keys() & averages[lora].keys():
+        lora = lora_beside(group, [other for other in averages if averages[other]])
+        if group.name != "lora" and lora and own.keys() & averages[lora].keys():
             tests[group] = _paired(own, averages[lora])
             loras[group] = lora
             if losses[group].keys() & losses[lora].keys():

@@ -62,7 +62,7 @@ def _evaluate(recipe: Recipe, trained: Path) -> dict[str, Any]:
         "model": base_name,
         "metric": job.task.metric,
         "score": job.average(scores),
-        "questions": job.material.questions,
+        "questions": job.questions,
         **({"tasks": scores, "left_out": job.material.left_out} if job.is_suite else {}),
         "seconds": round(time.perf_counter() - started, 2),
     }

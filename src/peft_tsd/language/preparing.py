@@ -42,6 +42,8 @@ class Job(NamedTuple):
     """The training examples as tokens; empty where nothing will be trained."""
     held_out: list[dict[str, Any]]
     """What is scored, with its answers, as tokens; empty where nothing will be trained."""
+    validation: list[dict[str, Any]]
+    """The same of the rows held out of training, where these are not what is scored."""
     tokenizer: Any
     adapter_config: PeftConfig | None
     """None where the method has no adapter."""
@@ -59,26 +61,39 @@ class Job(NamedTuple):
     def is_suite(self) -> bool:
         return self.recipe.task.family in SUITES
 
+    @property
+    def asked(self) -> dict[str, list[Any]]:
+        """The rows that the metric is taken of, by task."""
+        return {name: rows[: self.recipe.evaluation.metric_rows] for name, rows in self.material.tests.items()}
+
+    @property
+    def questions(self) -> int:
+        return sum(map(len, self.asked.values()))
+
     def scores(
         self, model: Any, title: str, on_batch: Callable[[], None] = lambda: None, *, keep: bool = True
     ) -> dict[str, dict[str, float]]:
         """Every metric of every task; `keep` leaves the progress bar on the screen."""
         model.eval()
         found = {}
-        with self._casting(model), tqdm(total=self.material.questions, desc=title, unit="question", leave=keep) as bar:
+        with self._casting(model), tqdm(total=self.questions, desc=title, unit="question", leave=keep) as bar:
 
             def done(questions: int) -> None:
                 bar.update(questions)
                 on_batch()
 
-            for name, examples in self.material.tests.items():
+            for name, examples in self.asked.items():
                 batch_size = self.recipe.evaluation.batch_size
                 found[name] = self.task.score(model, self.tokenizer, examples, batch_size, done)
         return found
 
-    @torch.no_grad()
     def held_out_loss(self, model: Any) -> float | None:
-        """The mean loss of what is scored: over tokens of the answers, or over rows of a classifier.
+        """The mean loss of what is scored; see `loss_of`."""
+        return self.loss_of(model, self.held_out)
+
+    @torch.no_grad()
+    def loss_of(self, model: Any, rows: list[dict[str, Any]]) -> float | None:
+        """The mean loss of `rows`: over tokens of the answers, or over rows of a classifier.
 
         Rows whose answer could not be trained on are left out; None where that is all of them. The model is left in
         evaluation mode, as by `scores`.
@@ -88,9 +103,9 @@ class Job(NamedTuple):
         collate = self.task.collator(self.tokenizer, base)
         size, total, count = self.recipe.evaluation.batch_size, 0.0, 0
         with self._casting(model):
-            for start in range(0, len(self.held_out), size):
-                rows = self.held_out[start : start + size]
-                batch = {key: x.to(model.device) for key, x in collate(rows).items()}
+            for start in range(0, len(rows), size):
+                part = collate(rows[start : start + size])
+                batch = {key: x.to(model.device) for key, x in part.items()}
                 answered = int(batch["labels"].ne(IGNORED).sum())
                 total += float(model(**batch).loss) * answered
                 count += answered
@@ -116,6 +131,7 @@ class _Read(NamedTuple):
     tokenizer: Any
     rows: list[dict[str, Any]]
     held_out: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
 
 
 def check(recipes: Iterable[Recipe]) -> None:
@@ -147,7 +163,7 @@ def prepare(recipe: Recipe, *, to_train: bool = True) -> Job:
     if to_train and not recipe.resume:
         folder.check_free()
     read = _read(recipe, to_train=to_train)
-    source, task, material, config, tokenizer, rows, held_out = read
+    source, task, material, config, tokenizer, rows, held_out, validation = read
     if isinstance(task, Classification):
         resolved = recipe.task.model_copy(update={"labels": task.labels})
         recipe = recipe.model_copy(update={"task": resolved})
@@ -168,7 +184,9 @@ def prepare(recipe: Recipe, *, to_train: bool = True) -> Job:
     def skeleton() -> Any:
         return load_skeleton(config, task.auto_class, trust_remote_code=recipe.model.trust_remote_code)
 
-    return Job(recipe, task, material, rows, held_out, tokenizer, adapter, steps, folder, load_base, skeleton)
+    return Job(
+        recipe, task, material, rows, held_out, validation, tokenizer, adapter, steps, folder, load_base, skeleton
+    )
 
 
 def _read(recipe: Recipe, *, to_train: bool) -> _Read:
@@ -187,9 +205,12 @@ def _read(recipe: Recipe, *, to_train: bool) -> _Read:
     rows = task.encode(material.train, tokenizer) if to_train else []
     tests = [example for examples in material.tests.values() for example in examples]
     held_out = task.encode(tests, tokenizer, leave_out=True) if to_train else []
+    # Scored rows may be these same.
+    also = material.validation if to_train and recipe.evaluation.on == "test" else []
+    validation = task.encode(also, tokenizer, leave_out=True) if also else []
     if config.get_text_config().pad_token_id is None:
         config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    return _Read(source, task, material, config, tokenizer, rows, held_out)
+    return _Read(source, task, material, config, tokenizer, rows, held_out, validation)
 
 
 def _checked(recipe: Recipe, read: _Read, folder: RunFolder, *, to_train: bool) -> tuple[int, PeftConfig | None]:

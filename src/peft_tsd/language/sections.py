@@ -159,6 +159,9 @@ class Training(Saving):
     epochs: int | None = Field(default=None, ge=1)
     similar_lengths: bool = False
     """Batches of rows of similar length: less padding, more rows a second."""
+    start_batches: int = Field(default=8, ge=1)
+    """Of the training batches, how many of the first are looked at before training, where a method starts from them:
+    directions of gradients, `lora-ga` and `eva`. They are trained on all the same."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Training:
@@ -188,3 +191,7 @@ class Evaluation(Section):
     batch_size: int = Field(default=32, ge=1)
     every: int | None = Field(default=None, ge=1)
     """Optimizer steps between evaluations on those rows during training; none without it."""
+    during: Literal["all", "loss"] = "all"
+    """What those evaluations measure: the loss and the metric, or the loss alone, which writes no answers."""
+    metric_rows: int | None = Field(default=None, ge=1)
+    """The metric is that of each task's first so many rows; of all without it. The loss is always that of all."""

@@ -6,6 +6,7 @@ read, the model is scored, transformers' Trainer trains the adapter, and the ada
 
 from __future__ import annotations
 
+import shutil
 import time
 import warnings
 from functools import partial
@@ -16,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from ..errors import RecipeError, TransitionError, one_line
 from ..export.lora import export_lora
@@ -29,7 +30,7 @@ from ..runs.folder import RunFolder
 from ..runs.log import log, logging_to
 from ..runs.machine import check_one_process, current_device, peak_memory
 from ..runs.stopping import Stop, interruptible
-from ..schedule.callback import TsdCallback
+from ..schedule.callback import TsdCallback, first_batches
 from ..schedule.gradients import random_states_kept
 from ..tuner.checking import check_adapter, check_fits, check_onto
 from ..tuner.opening import put_onto
@@ -39,6 +40,7 @@ from .evaluated import EvaluatedTrainer
 from .preparing import Job, facts_of, prepare
 from .progress import Record, begun
 from .recipe import Recipe
+from .starts import put_start_in, start_from_batches, take_out_start
 from .tasks.classification import Classification
 
 # What PEFT warns of where the base model is no repository of the hub, but a package's or a file. No recipe changes the
@@ -74,9 +76,9 @@ def _run(job: Job, stop: Stop) -> Result:
     recipe, folder = job.recipe, job.folder
     facts = facts_of(job)
     if not recipe.resume:
-        score: dict[str, Any] = {"metric": job.task.metric, "questions": job.material.questions}
+        score: dict[str, Any] = {"metric": job.task.metric, "questions": job.questions}
         if job.is_suite:
-            score["tasks"] = {name: {"questions": len(rows)} for name, rows in job.material.tests.items()}
+            score["tasks"] = {name: {"questions": len(rows)} for name, rows in job.asked.items()}
             score["left_out"] = job.material.left_out
         folder.create(recipe, {"status": "running", **facts, "score": score})
     with folder.locked(), room_in(folder):
@@ -115,7 +117,7 @@ def _continue(job: Job, facts: dict[str, Any], stop: Stop) -> Result:
             )
 
         if isinstance(job.task, Classification):
-            [tests] = job.material.tests.values()
+            [tests] = job.asked.values()
             metrics["score"]["majority"] = job.task.majority(tests)
         if recipe.evaluation.before and "before" not in metrics["score"]:
             scores = job.scores(base.to(current_device()), "scoring before training", stop.check)
@@ -124,9 +126,14 @@ def _continue(job: Job, facts: dict[str, Any], stop: Stop) -> Result:
 
         model, progress = _trained(job, base, made_of, stop)
         stop.check()
+
+        def save(path: Path) -> None:
+            _save(model, job.tokenizer, path)
+            put_start_in(path, folder.start)
+
         kept = {"adapter": folder.adapter, "model": folder.model}.get(job.method.trains)
         if kept is not None and not kept.exists():
-            write_folder(kept, lambda path: _save(model, job.tokenizer, path))
+            write_folder(kept, save)
         if job.method.directions == "own" and not folder.adapter_lora.exists():
             # From the folder, so that the tokenizer comes along.
             log.info("exported %s", export_lora(folder.adapter, folder.adapter_lora))
@@ -136,6 +143,8 @@ def _continue(job: Job, facts: dict[str, Any], stop: Stop) -> Result:
 
         _record_scores(metrics["score"], job, job.scores(model, "scoring after training", stop.check), "after")
         metrics["score"]["loss"] = job.held_out_loss(model)
+        if job.validation:
+            metrics["score"]["validation_loss"] = job.loss_of(model, job.validation)
         trainable, total = _count(model, job)
         metrics |= {
             "status": "finished",
@@ -144,6 +153,7 @@ def _continue(job: Job, facts: dict[str, Any], stop: Stop) -> Result:
             "steps": progress["step"],
             "seconds_per_step": progress["seconds"] / max(1, progress["steps_timed"]),
             "peak_memory_bytes": max(peak_memory() or 0, progress["peak_memory_bytes"] or 0) or None,
+            "start_seconds": progress.get("start_seconds"),
             "phase_change": progress["transitions"][0] if progress["transitions"] else None,
             "loss": progress["loss"],
             "evaluations": progress.get("evaluations", []),
@@ -182,29 +192,25 @@ def _trained(job: Job, base: Any, made_of: Fingerprint, stop: Stop) -> tuple[Any
         if job.adapter_config is None:
             model = type(base).from_pretrained(last[0])
         else:
-            check_onto(last[0], job.adapter_config, job.load_skeleton(), job.recipe.model.name)
+            check_onto(last[0], check_adapter(last[0]), job.load_skeleton(), job.recipe.model.name)
             model = put_onto(base, last[0], job.recipe.model.name, is_trainable=True)
+            take_out_start(model, folder.start)
         return model.to(current_device()), last[1]
 
     recipe = job.recipe
     set_seed(recipe.seed)
     if recipe.training.gradient_checkpointing:
         base.gradient_checkpointing_enable()
-    model = base.requires_grad_(True) if job.adapter_config is None else get_peft_model(base, job.adapter_config)
-    schedule = TsdCallback() if recipe.uses_directions else None
+    started = time.perf_counter()
+    model = _adapted(job, base, last[0] if last else None)
+    start_seconds = time.perf_counter() - started
+    schedule = TsdCallback(batches=recipe.training.start_batches) if recipe.uses_directions else None
     if last is not None and job.adapter_config is not None:
         check_fits(last[0], model, "default")
     record = Record(folder, job.steps, made_of, stop, schedule, last[1] if last else None)
-    trainer = (SimilarLengthsTrainer if recipe.training.similar_lengths else EvaluatedTrainer)(
-        model=model,
-        args=_training_arguments(job),
-        train_dataset=job.rows,
-        eval_dataset=job.held_out,
-        measure=partial(_measured, job),
-        data_collator=job.task.collator(job.tokenizer, base),
-        # The record comes first, so that its seconds a step leave the transition out.
-        callbacks=[record, schedule] if schedule else [record],
-    )
+    record.progress.setdefault("start_seconds", start_seconds)
+    # The record comes first, so that its seconds a step leave the transition out.
+    trainer = _trainer(job, model, base, [record, schedule] if schedule else [record])
     if is_adalora(job.adapter_config):
         trainer.add_callback(AdaLoraCallback())
     trainer.remove_callback(PrinterCallback)
@@ -228,12 +234,48 @@ def _trained(job: Job, base: Any, made_of: Fingerprint, stop: Stop) -> tuple[Any
     return model, record.progress
 
 
+def _adapted(job: Job, base: Any, checkpoint: Path | None) -> Any:
+    """The model that is trained: from its start, or as a checkpoint's weights are then put into it."""
+    if job.adapter_config is None:
+        return base.requires_grad_(True)
+    if not job.method.from_batches:
+        return get_peft_model(base, job.adapter_config)
+    kept = job.folder.start
+    if checkpoint is None:
+        shutil.rmtree(kept, ignore_errors=True)
+        base.to(current_device())
+        batches = first_batches(
+            job.recipe.training.start_batches, _trainer(job, base, base, []).get_train_dataloader()
+        )
+        return start_from_batches(base, job.adapter_config, batches, kept)
+    # EVA has given ranks to layers, which stand in the configuration that was saved.
+    config = check_adapter(checkpoint)
+    config.inference_mode = False
+    model = get_peft_model(base, config)
+    take_out_start(model, kept)
+    return model
+
+
+def _trainer(job: Job, model: Any, base: Any, callbacks: list[TrainerCallback]) -> EvaluatedTrainer:
+    return (SimilarLengthsTrainer if job.recipe.training.similar_lengths else EvaluatedTrainer)(
+        model=model,
+        args=_training_arguments(job),
+        train_dataset=job.rows,
+        eval_dataset=job.held_out,
+        measure=partial(_measured, job),
+        data_collator=job.task.collator(job.tokenizer, base),
+        callbacks=callbacks,
+    )
+
+
 def _measured(job: Job, model: Any) -> dict[str, float]:
     """What an evaluation during training says."""
     with random_states_kept():
         loss = job.held_out_loss(model)
-        score = job.average(job.scores(model, "evaluating", keep=False))
-    return {**({} if loss is None else {"loss": loss}), job.task.metric: score}
+        measured = {} if loss is None else {"loss": loss}
+        if job.recipe.evaluation.during == "all":
+            measured[job.task.metric] = job.average(job.scores(model, "evaluating", keep=False))
+    return measured
 
 
 def _count(model: Any, job: Job) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """The adapter that a recipe describes, as PEFT's configuration of it.
 
 DoRA: Liu et al., arXiv 2402.09353. PiSSA: Meng et al., arXiv 2404.02948. AdaLoRA: Zhang et al., arXiv 2303.10512.
+LoRA-GA: Wang et al., arXiv 2407.05000. EVA: Paischer et al., arXiv 2410.07170.
 LoHa: Hyeon-Woo et al., arXiv 2108.06098. VeRA: Kopiczko et al., arXiv 2310.11454. OFT: Qiu et al., arXiv 2306.07280.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any, cast
 
-from peft import AdaLoraConfig, LoHaConfig, LoraConfig, OFTConfig, PeftConfig, VeraConfig
+from peft import AdaLoraConfig, EvaConfig, LoHaConfig, LoraConfig, LoraGAConfig, OFTConfig, PeftConfig, VeraConfig
 from transformers.trainer_callback import TrainerCallback
 
 from ..dash.config import DashConfig
@@ -69,6 +70,10 @@ def _of_peft(method: str, fields: dict[str, Any], steps: int) -> PeftConfig:
         return LoraConfig(**{**fields, "use_dora": True})
     if method == "pissa":
         return LoraConfig(**{**fields, "init_lora_weights": "pissa"})
+    if method == "lora-ga":
+        return LoraConfig(**{"lora_ga_config": LoraGAConfig(), **fields, "init_lora_weights": "lora_ga"})
+    if method == "eva":
+        return LoraConfig(**{"eva_config": EvaConfig(), **fields, "init_lora_weights": "eva"})
     r = fields.pop("r")
     if method == "adalora":
         return AdaLoraConfig(

@@ -2,6 +2,7 @@
 
 lora-tsd, lora-dash, lora-init                       directions on top of LoRA (`TsdConfig`)
 lora, dora, pissa, adalora, loha, vera, oft          PEFT's own, from the same `adapter` settings
+lora-ga, eva                                         the same, started from the first training batches
 dora-dash, adalora-dash, loha-dash, vera-dash, …     directions beside those (`DashConfig`)
 full                                                 every parameter of the model, no adapter
 base                                                 nothing is trained
@@ -21,6 +22,8 @@ class Row(NamedTuple):
     has_rank: bool = True
     resumes: bool = True
     """Whether a stopped run goes on: PEFT saves none of AdaLoRA's statistics."""
+    from_batches: bool = False
+    """Whether its adapter starts from the first training batches, before it is trained."""
     on_quantized: bool = False
     """Whether a recipe can have it with `model.quantization`."""
 
@@ -36,6 +39,8 @@ METHODS: dict[str, Row] = {
     "loha": Row(),
     "vera": Row(),
     "oft": Row(),
+    "lora-ga": Row(from_batches=True),
+    "eva": Row(from_batches=True),
     "dora-dash": Row(directions="beside"),
     "adalora-dash": Row(directions="beside", resumes=False),
     "loha-dash": Row(directions="beside"),

@@ -4,6 +4,7 @@
     metrics.json    losses, scores, timings, versions; its `status` says how far the run is
     train.log       what happened when
     checkpoints/    what a stopped run continues from
+    start/          what `method: lora-ga` has taken out of the base weights
     adapter/        the adapter, as PEFT loads it
     adapter-lora/   the same as a plain LoRA
     model/          instead of both, the whole model where `method: full` trained it
@@ -52,6 +53,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.json"
         self.log = self.path / "train.log"
         self.checkpoints = self.path / "checkpoints"
+        self.start = self.path / "start"
         self.adapter = self.path / "adapter"
         self.adapter_lora = self.path / "adapter-lora"
         self.model = self.path / "model"
@@ -162,7 +164,7 @@ class RunFolder:
             InputError: It cannot be removed.
         """
         dropped = {checkpoint for checkpoint in self._by_step() if _progress_of(checkpoint) is None}
-        for kept in (self.adapter, self.adapter_lora, self.model):
+        for kept in (self.start, self.adapter, self.adapter_lora, self.model):
             dropped.update(self.path.glob(temporary_names(kept)))
         dropped.update(self.checkpoints.glob(".checkpoint-*.part"))
         try:

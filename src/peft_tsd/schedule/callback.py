@@ -87,7 +87,7 @@ class TsdCallback(TrainerCallback):
             if config.needs_gradients and phase_of(layers, adapter) == "pre-launch":
                 # Now, also for later: a dataloader in use must not be read from its beginning.
                 given = self.batches
-                self._batches = _first(given, train_dataloader) if isinstance(given, int) else list(given)
+                self._batches = first_batches(given, train_dataloader) if isinstance(given, int) else list(given)
                 self._identify_if_due(model, optimizer, layers, adapter, state)
             if config.prelaunch_steps == 0:
                 continue
@@ -177,7 +177,7 @@ def _trained(model: nn.Module) -> list[tuple[DirectionSettings, dict[str, Direct
     return found
 
 
-def _first(number: int, dataloader: Any) -> list[Any]:
+def first_batches(number: int, dataloader: Any) -> list[Any]:
     """The first batches of a Trainer's dataloader, which gives them again when training begins."""
     if dataloader is None:
         raise ValueError("There is no training dataloader to take batches from; pass TsdCallback(batches=[...]).")
