@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from peft_tsd.language import progress, training
+from peft_tsd.language import progress, training, watching
 from peft_tsd.language.recipe import load_recipe
 from peft_tsd.runs.folder import RunFolder
 
@@ -15,16 +15,17 @@ def run(recipe: Path, *overrides: str) -> training.Result:
     return training.train(load_recipe(str(recipe), overrides))
 
 
-def interrupt_at(monkeypatch, start: str) -> None:
-    """Ctrl-C as the log line beginning with `start` is written."""
-    write = progress.file_only
+def interrupt_at(monkeypatch, start: str, where: str = "progress") -> None:
+    """Ctrl-C as the log line beginning with `start` is written, by the module `where`."""
+    module = {"progress": progress, "watching": watching}[where]
+    write = module.file_only
 
     def watched(message: str) -> None:
         write(message)
         if message.startswith(start):
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(progress, "file_only", watched)
+    monkeypatch.setattr(module, "file_only", watched)
 
 
 def assert_same_result(one: RunFolder, other: RunFolder) -> None:

@@ -23,6 +23,9 @@ def summary(result: Any) -> str:
     ]
     if loss:
         lines.append(f"loss: {loss[0]['loss']:.3f} at step 1, {loss[-1]['loss']:.3f} at step {loss[-1]['step']}")
+    if metrics.get("best_step"):
+        early = "stopped early, and " if metrics["stopped_early"] else ""
+        lines.append(f"{early}taken from step {metrics['best_step']}, where the held-out loss was lowest")
     change = metrics["phase_change"]
     if change:
         lines.append(f"directions identified after step {change['step']}, in {change['seconds']:.1f} s")

@@ -30,6 +30,7 @@ from .tasks import Family, load_task
 from .tasks.classification import Classification
 from .tasks.generation import IGNORED
 from .tasks.material import Material
+from .watching import check_trackers
 
 
 class Job(NamedTuple):
@@ -192,6 +193,8 @@ def prepare(recipe: Recipe, *, to_train: bool = True) -> Job:
 def _read(recipe: Recipe, *, to_train: bool) -> _Read:
     check_choice("optimizer.name", recipe.optimizer.name, [name.value for name in OptimizerNames])
     check_choice("optimizer.schedule", recipe.optimizer.schedule, [name.value for name in SchedulerType])
+    if to_train:
+        check_trackers(recipe.training.report_to)
     model = recipe.model
     source = locate(
         model.name,
@@ -222,6 +225,11 @@ def _checked(recipe: Recipe, read: _Read, folder: RunFolder, *, to_train: bool) 
     steps = recipe.training.total_steps(len(read.material.train))
     if to_train:
         recipe.check_length(steps)
+        if recipe.evaluation.patience is not None and not read.held_out:
+            raise RecipeError(
+                f"evaluation.patience={recipe.evaluation.patience} waits for a lower held-out loss, and no answer of "
+                f"the rows that are scored fits into task.max_length={recipe.task.max_length}; raise that"
+            )
     skeleton = load_skeleton(read.config, read.task.auto_class, trust_remote_code=recipe.model.trust_remote_code)
     adapter = adapter_config(recipe, read.task.peft_task_type, steps)
     trained = _fit(recipe, adapter, skeleton)

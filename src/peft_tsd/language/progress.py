@@ -82,7 +82,7 @@ class Record(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._update()
-        checkpoint = self._folder.checkpoints / f"checkpoint-{state.global_step}"
+        checkpoint = self._folder.checkpoint(state.global_step)
         if (checkpoint / WEIGHTS).is_file():
             write_origin(checkpoint, self._made_of)
         self._folder.mark_complete(checkpoint, self.progress)

@@ -162,6 +162,13 @@ class Training(Saving):
     start_batches: int = Field(default=8, ge=1)
     """Of the training batches, how many of the first are looked at before training, where a method starts from them:
     directions of gradients, `lora-ga` and `eva`. They are trained on all the same."""
+    report_to: list[str] = Field(default=[])
+    """Trackers that draw the curves of the run, by their names in `transformers.TrainingArguments`."""
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _some_trackers(cls, given: Any) -> Any:
+        return [] if given in (None, "none") else [given] if isinstance(given, str) else given
 
     @model_validator(mode="after")
     def _one_length(self) -> Training:
@@ -195,3 +202,14 @@ class Evaluation(Section):
     """What those evaluations measure: the loss and the metric, or the loss alone, which writes no answers."""
     metric_rows: int | None = Field(default=None, ge=1)
     """The metric is that of each task's first so many rows; of all without it. The loss is always that of all."""
+    patience: int | None = Field(default=None, ge=1)
+    """Evaluations in a row that do not lower the held-out loss, after which training ends."""
+
+    @model_validator(mode="after")
+    def _something_to_wait_for(self) -> Evaluation:
+        if self.patience is not None and self.every is None:
+            raise ValueError(
+                f"evaluation.patience={self.patience} counts evaluations during training; say how often there is one "
+                "with evaluation.every=STEPS"
+            )
+        return self

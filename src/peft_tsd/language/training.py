@@ -42,6 +42,7 @@ from .progress import Record, begun
 from .recipe import Recipe
 from .starts import put_start_in, start_from_batches, take_out_start
 from .tasks.classification import Classification
+from .watching import EarlyStop, trackers
 
 # What PEFT warns of where the base model is no repository of the hub, but a package's or a file. No recipe changes the
 # vocabulary, which is what it would look for there.
@@ -157,6 +158,8 @@ def _continue(job: Job, facts: dict[str, Any], stop: Stop) -> Result:
             "phase_change": progress["transitions"][0] if progress["transitions"] else None,
             "loss": progress["loss"],
             "evaluations": progress.get("evaluations", []),
+            "best_step": progress.get("best_step"),
+            "stopped_early": progress.get("stopped_early", False),
             "seconds": metrics.get("seconds", 0.0) + time.perf_counter() - started,
         }
         folder.write_metrics(metrics)
@@ -187,13 +190,15 @@ def _trained(job: Job, base: Any, made_of: Fingerprint, stop: Stop) -> tuple[Any
     last = folder.last_complete()
     if last is not None and job.adapter_config is not None:
         check_adapter(last[0])
-    if last is not None and last[1]["step"] >= job.steps:
+    if last is not None and (last[1]["step"] >= job.steps or last[1].get("stopped_early")):
         # Trainer, given a checkpoint of the last step, would take one more.
+        best = folder.checkpoint(last[1].get("best_step") or last[1]["step"])
+        ended = best if best.is_dir() else last[0]
         if job.adapter_config is None:
-            model = type(base).from_pretrained(last[0])
+            model = type(base).from_pretrained(ended)
         else:
-            check_onto(last[0], check_adapter(last[0]), job.load_skeleton(), job.recipe.model.name)
-            model = put_onto(base, last[0], job.recipe.model.name, is_trainable=True)
+            check_onto(ended, check_adapter(ended), job.load_skeleton(), job.recipe.model.name)
+            model = put_onto(base, ended, job.recipe.model.name, is_trainable=True)
             take_out_start(model, folder.start)
         return model.to(current_device()), last[1]
 
@@ -209,8 +214,16 @@ def _trained(job: Job, base: Any, made_of: Fingerprint, stop: Stop) -> tuple[Any
         check_fits(last[0], model, "default")
     record = Record(folder, job.steps, made_of, stop, schedule, last[1] if last else None)
     record.progress.setdefault("start_seconds", start_seconds)
-    # The record comes first, so that its seconds a step leave the transition out.
-    trainer = _trainer(job, model, base, [record, schedule] if schedule else [record])
+    patience = recipe.evaluation.patience
+    # The record comes first, so that its seconds a step leave the transition out; trackers after the schedule, so that
+    # they show what it logs.
+    callbacks = [
+        record,
+        *([schedule] if schedule else []),
+        *trackers(recipe.training.report_to, folder),
+        *([EarlyStop(patience, record, folder)] if patience else []),
+    ]
+    trainer = _trainer(job, model, base, callbacks)
     if is_adalora(job.adapter_config):
         trainer.add_callback(AdaLoraCallback())
     trainer.remove_callback(PrinterCallback)
@@ -309,16 +322,21 @@ def _training_arguments(job: Job) -> TrainingArguments:
         save_steps=recipe.training.save_every,
         eval_strategy="no" if recipe.evaluation.every is None else "steps",
         eval_steps=recipe.evaluation.every,
+        metric_for_best_model=None if recipe.evaluation.patience is None else "loss",
         save_total_limit=recipe.training.keep_checkpoints,
         # Every step: an average over several would break where a run is continued.
         logging_steps=1,
         logging_nan_inf_filter=False,
         seed=recipe.seed,
-        report_to="none",
+        report_to="none",  # they are put in by `trackers`
+        run_name=job.folder.path.name,
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    if recipe.evaluation.patience is not None:
+        # Trainer asks for saving at multiples of the evaluations; `EarlyStop` saves whenever one is the best so far.
+        arguments.load_best_model_at_end = True
     # A run is one process on one device; Trainer would take every GPU it sees by DataParallel.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments

@@ -5,6 +5,7 @@
     train.log       what happened when
     checkpoints/    what a stopped run continues from
     start/          what `method: lora-ga` has taken out of the base weights
+    tensorboard/    its curves, where `training.report_to` asks for them
     adapter/        the adapter, as PEFT loads it
     adapter-lora/   the same as a plain LoRA
     model/          instead of both, the whole model where `method: full` trained it
@@ -41,7 +42,7 @@ _PROGRESS: dict[str, type | tuple[type, ...]] = {
 }
 
 # What may differ when a run is continued: it changes where results lie and how much memory is used, not the results.
-_MAY_DIFFER = {"output", "description", "evaluation.batch_size"}
+_MAY_DIFFER = {"output", "description", "evaluation.batch_size", "training.report_to"}
 
 
 class RunFolder:
@@ -142,6 +143,10 @@ class RunFolder:
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """Replace the metrics."""
         write_text(self.metrics, _json(metrics))
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint of a step lies, if there is one."""
+        return self.checkpoints / f"checkpoint-{step}"
 
     def mark_complete(self, checkpoint: Path, progress: dict[str, Any]) -> None:
         """Declare a checkpoint complete, keeping `progress` beside it."""

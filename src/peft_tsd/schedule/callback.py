@@ -16,6 +16,7 @@ from ..tuner.directed import DirectedLayer
 from ..tuner.phase import adapted_layers, check_one_phase, config_of, phase_of, steps_taken, warn_in_prelaunch
 from ..tuner.settings import DirectionSettings
 from ..tuner.zero_checkpoints import restore
+from .curves import curves
 from .gradients import Loss, loss_of_output, random_states_kept
 from .moments import check_groups
 from .prelaunch import checks_made
@@ -34,6 +35,16 @@ class TsdCallback(TrainerCallback):
 
     The best model so far (`load_best_model_at_end`, early stopping) is forgotten at a transition, which is logged with
     the loss before and after it: a checkpoint from before is the plain LoRA of the pre-launch.
+
+    What Trainer logs of the training gets `tsd_phase` (0 in the pre-launch, 1 after it), `tsd_delta_sigma` (the mean
+    |Δσ|) and, once, `tsd_transition_step` and `tsd_transition_seconds`. Trainer's trackers (`report_to`) come before
+    the callbacks that it is given; for these numbers to be in their curves, put the callback before them:
+
+        ```py
+        >>> trainer = Trainer(model=model, args=TrainingArguments(report_to="tensorboard"), ...)
+        >>> TsdCallback().add_to(trainer)
+        >>> trainer.train()
+        ```
 
     Args:
         batches: Those batches, or how many of the Trainer's training batches to take, the first ones of the first
@@ -62,6 +73,22 @@ class TsdCallback(TrainerCallback):
         self._held: list[DirectionSettings] = []
         self._began = 0.0
         self._checks_seconds = 0.0
+        self._logged = 0
+        self._added = False
+
+    def add_to(self, trainer: Any) -> TsdCallback:
+        """Put this callback before all others of a Trainer, its trackers among them, in place of `callbacks=`.
+
+        Args:
+            trainer: transformers' Trainer, or one of TRL's.
+
+        Returns:
+            The callback.
+        """
+        handler = trainer.callback_handler
+        handler.callbacks = [self, *(callback for callback in handler.callbacks if callback is not self)]
+        self._added = True
+        return self
 
     def on_train_begin(
         self,
@@ -103,6 +130,13 @@ class TsdCallback(TrainerCallback):
                 config.prelaunch_notice_given = True
                 self._held.append(config)
         self._began = time.perf_counter()
+        trackers = [name for name in (args.report_to or ()) if name != "none"]
+        if trackers and not self._added:
+            log.info(
+                "%s show the curves of Trainer alone; TsdCallback().add_to(trainer), in place of callbacks=, has the "
+                "phase and the mean |Δσ| in them too",
+                ", ".join(trackers),
+            )
 
     def on_step_end(
         self, args: Any, state: Any, control: Any, model: nn.Module, optimizer: Optimizer, **kwargs: Any
@@ -157,10 +191,30 @@ class TsdCallback(TrainerCallback):
         # `load_best_model_at_end` would bring back the plain LoRA of the pre-launch, and early stopping measure by it.
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, model: nn.Module, logs: dict[str, float], **kwargs: Any
+    ) -> None:
         if self._loss_before is not None and "loss" in logs:
             log.info("loss %.4f before the transition, %.4f after it", self._loss_before, logs["loss"])
             self._loss_before = None
+        if "loss" not in logs:
+            return
+        shown = self._curves(model)
+        logs.update(shown)
+        # What Trainer keeps, and saves with a checkpoint, is a copy.
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(shown)
+
+    def _curves(self, model: nn.Module) -> dict[str, float]:
+        trained = _trained(model)
+        shown: dict[str, float] = {}
+        for _, layers, adapter in trained:
+            ending = f"_{adapter}" if len(trained) > 1 else ""
+            shown |= {name + ending: value for name, value in curves(layers, adapter).items()}
+        for made in self.transitions[self._logged :]:
+            shown |= {"tsd_transition_step": made["step"], "tsd_transition_seconds": made["seconds"]}
+        self._logged = len(self.transitions)
+        return shown
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         for config in self._held:
