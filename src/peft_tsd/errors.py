@@ -10,10 +10,17 @@ Found = TypeVar("Found")
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used. The message is one line: what was given, and what to do."""
+    """Something the user gave cannot be used. The message is one line: what was given, and what to do.
 
-    def __init__(self, message: str) -> None:
-        super().__init__(_printable(message, 2000))
+    Args:
+        complaints: That line; or several, where several things are wrong.
+    """
+
+    def __init__(self, *complaints: str) -> None:
+        super().__init__(*(_printable(complaint, 2000) for complaint in complaints))
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
 
 
 class RecipeError(InputError):

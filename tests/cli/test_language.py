@@ -135,6 +135,17 @@ def test_a_tokenizer_that_cannot_pad_or_end_is_refused(refused, place):
     assert "its tokenizer has neither a pad nor an end token" in refused()
 
 
+def test_three_mistakes_are_three_lines(place, capsys):
+    recipe = text_models.write_recipe(place)
+    for verb in ("train", "compare"):
+        assert main([verb, str(recipe), "data.nam=x", "training.batch_size=none", "training.save_every=first"]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 3
+        assert all(line.startswith("peft-tsd: ") for line in lines)
+    assert main(["train", "dreambooth-sdxl", "data.nam=x", "seed=first"]) == 2
+    assert capsys.readouterr().err.count("peft-tsd: ") == 2
+
+
 def test_too_little_disk_is_refused(refused, monkeypatch):
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=5 * 2**20))

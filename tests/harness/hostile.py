@@ -160,8 +160,10 @@ def overrides(choices: Choices, known: Sequence[str]) -> list[str]:
 
 
 def assert_one_line(error: BaseException) -> None:
-    """A message that a terminal shows as one line, whatever was in the files."""
-    message = str(error)
-    assert message, type(error)
-    assert message.isprintable(), repr(message)
-    assert len(message) < 3000, len(message)
+    """A message that a terminal shows as one line, or as one a complaint, whatever was in the files."""
+    assert error.args, type(error)
+    for message in error.args:
+        assert message, type(error)
+        assert message.isprintable(), repr(message)
+        assert len(message) < 3000, len(message)
+    assert str(error) == "\n".join(error.args)

@@ -1,3 +1,4 @@
+import pickle
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,31 @@ def test_overrides_refused(tmp_path, override, part):
     with pytest.raises(RecipeError, match=part.replace("[", r"\[")) as caught:
         load_recipe(str(path), [override])
     assert override.partition("=")[0] in str(caught.value)
+
+
+def test_three_mistakes_are_three_lines(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(str(path), ["data.nam=x", "training.batch_size=none", "optimizer.learning_rate=-1"])
+    assert {line.partition("=")[0] for line in str(caught.value).splitlines()} == {
+        "unknown key 'data.nam'; did you mean 'data.name'?",
+        "training.batch_size",
+        "optimizer.learning_rate",
+    }
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(str(path), ["training.steps", "output.x=1", "seed=[1"])
+    assert len(str(caught.value).splitlines()) == 3
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert str(again) == str(caught.value)
+
+
+def test_what_a_file_holds_makes_no_second_line(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({**MINIMAL, "see\nd": 1}))
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(str(path))
+    assert "\n" not in str(caught.value)
 
 
 CHOICES = """

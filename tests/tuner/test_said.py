@@ -53,6 +53,14 @@ def test_a_state_of_before_the_transition_that_is_restored():
     assert "train longer" not in str(told[0].message)
 
 
+def test_an_adapter_beside_one_that_had_its_directions_was_not_restored():
+    model = get_peft_model(tiny.llama(), tiny.config(prelaunch_steps=1))
+    tiny.train(model, 1)
+    model.add_adapter("other", tiny.config(prelaunch_steps=3))
+    with pytest.warns(PrelaunchWarning, match="No step was ever counted"):
+        get_peft_model_state_dict(model, adapter_name="other")
+
+
 def test_a_run_too_short_is_not_told_to_pass_the_callback_it_has(tmp_path):
     run = trainer(tmp_path, max_steps=1)
     with pytest.warns(PrelaunchWarning, match="Train for 3 steps more, or lower prelaunch_steps to at most 1") as told:

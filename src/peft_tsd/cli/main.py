@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _verb(arguments)(arguments)
     except InputError as error:
-        print(f"peft-tsd: {error}", file=sys.stderr)
+        for complaint in error.args:
+            print(f"peft-tsd: {complaint}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("peft-tsd: interrupted", file=sys.stderr)

@@ -110,12 +110,15 @@ class DashConfig(DirectionSettings, PeftConfig):
 
     def __setattr__(self, name: str, value: Any) -> None:
         inner = vars(self).get("peft")
-        own = name in self.__dataclass_fields__ or name in ("prelaunch_notice_given", "native_notice_given")
+        own = name in self.__dataclass_fields__ or name in _OF_ADAPTER
         if own:
             super().__setattr__(name, value)
         if isinstance(inner, PeftConfig) and (not own or name in _SHARED):
             setattr(inner, name, value)
 
+
+# Not fields, and of the adapter as a whole: see `DirectionSettings`.
+_OF_ADAPTER = ("prelaunch_notice_given", "native_notice_given", "counted_at")
 
 # What every PeftConfig has, but for what tells the two apart.
 _SHARED = tuple(name for name in PeftConfig.__dataclass_fields__ if name not in ("peft_type", "peft_version"))

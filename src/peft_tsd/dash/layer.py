@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..directions.spectrum import as_double
 from ..distributed.sharded import is_sharded
-from ..tuner.directed import DirectedLayer
+from ..tuner.directed import LAYERS, DirectedLayer
 from ..tuner.held import DashScalars, FixedDirections
 from .config import DashConfig
 
@@ -210,6 +210,7 @@ def with_directions(layer: Any, own_prefix: str) -> DashLayer:
     setattr(layer, scalars, nn.ModuleDict())
     setattr(layer, directions, nn.ModuleDict())
     layer.dash_config = {}
+    LAYERS.add(layer)
     # On the layer, where PEFT puts those of DoRA.
     layer.adapter_layer_names = (*layer.adapter_layer_names, scalars)
     layer.other_param_names = (*layer.other_param_names, directions, "dash_config")

@@ -20,4 +20,4 @@ def explore_errors() -> Iterator[None]:
     except ExploreError:
         raise
     except InputError as error:
-        raise ExploreError(str(error)) from None
+        raise ExploreError(*error.args) from None

@@ -28,6 +28,7 @@ from .recipe import Recipe
 from .sections import SUITES
 from .tasks import Family, load_task
 from .tasks.classification import Classification
+from .tasks.cut import Cut
 from .tasks.generation import IGNORED
 from .tasks.material import Material
 from .watching import check_trackers
@@ -205,12 +206,17 @@ def _read(recipe: Recipe, *, to_train: bool) -> _Read:
     task, material = load_task(recipe, to_train=to_train)
     config = load_config(source, **task.config_fields)
     tokenizer = load_tokenizer(source)
-    rows = task.encode(material.train, tokenizer) if to_train else []
+    cut, cut_held_out = Cut(), Cut()
+    rows = task.encode(material.train, tokenizer, cut=cut) if to_train else []
     tests = [example for examples in material.tests.values() for example in examples]
-    held_out = task.encode(tests, tokenizer, leave_out=True) if to_train else []
+    held_out = task.encode(tests, tokenizer, leave_out=True, cut=cut_held_out) if to_train else []
     # Scored rows may be these same.
     also = material.validation if to_train and recipe.evaluation.on == "test" else []
     validation = task.encode(also, tokenizer, leave_out=True) if also else []
+    most = recipe.task.max_length
+    notes = cut.notes(most, len(material.train), "training rows", task.loses)
+    notes += cut_held_out.notes(most, len(tests), "rows to score on", task.loses)
+    material = material._replace(notes=[*material.notes, *notes])
     if config.get_text_config().pad_token_id is None:
         config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return _Read(source, task, material, config, tokenizer, rows, held_out, validation)

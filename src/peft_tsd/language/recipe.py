@@ -14,7 +14,7 @@ from pydantic import model_validator
 
 from ..errors import RecipeError
 from ..recipes.methods import METHODS
-from ..recipes.reading import apply, check_content, kind_of, load_as
+from ..recipes.reading import apply_all, check_content, kind_of, load_as
 from ..recipes.shared import RunRecipe
 from .sections import SUITES, Data, Evaluation, Model, Task, Training
 
@@ -123,8 +123,7 @@ def apply_overrides(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
         RecipeError: As `load_recipe`.
     """
     content = recipe.model_dump()
-    for override in overrides:
-        apply(content, override)
+    apply_all(content, overrides)
     return check_recipe(content)
 
 
@@ -132,6 +131,6 @@ def check_recipe(content: dict[str, Any]) -> Recipe:
     """Check the content of a recipe.
 
     Raises:
-        RecipeError: Everything that is wrong with it, in one line.
+        RecipeError: Everything that is wrong with it, a line each.
     """
     return check_content(Recipe, content)

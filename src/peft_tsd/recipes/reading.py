@@ -49,8 +49,7 @@ def load_as(
     for name, row in chosen.items():
         for key, value in choices[name].table[row].items():
             _set(content, key, value, f"choices.{name}.table.{row}: {key}={value!r}")
-    for override in rest:
-        apply(content, override, short or {})
+    apply_all(content, rest, short or {})
     for key, value in (settings or {}).items():
         _set(content, key, value, f"{key}={value!r}")
     # Runs of one recipe with other choices are other runs.
@@ -107,7 +106,7 @@ def check_content(schema: type[Kind], content: dict[str, Any]) -> Kind:
     try:
         return schema.model_validate(content)
     except ValidationError as error:
-        raise RecipeError("; ".join(explain(e, schema) for e in error.errors())) from None
+        raise RecipeError(*(explain(e, schema) for e in error.errors())) from None
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -175,6 +174,23 @@ def apply(content: dict[str, Any], override: str, short: Mapping[str, str] = Map
         raise RecipeError(f"cannot read {override!r}; an override is key=value, such as training.steps=100")
     value = parse_yaml(text, f"override {override!r}")
     _set(content, key if isinstance(value, dict) else short.get(key, key), value, override)
+
+
+def apply_all(
+    content: dict[str, Any], overrides: Iterable[str], short: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Apply every override; those that cannot be are refused together."""
+
+    def complaints(override: str) -> tuple[str, ...]:
+        try:
+            apply(content, override, short)
+        except RecipeError as error:
+            return error.args
+        return ()
+
+    found = [complaint for override in overrides for complaint in complaints(override)]
+    if found:
+        raise RecipeError(*found)
 
 
 def _set(content: dict[str, Any], key: str, value: Any, given: str) -> None:

@@ -24,6 +24,7 @@ from ..tuner.directed import DirectedLayer, Identified
 from ..tuner.held import FixedDirections
 from ..tuner.phase import adapted_layers, any_layer, config_of, phase_of, steps_taken
 from .gradients import Loss, loss_of_output, weight_gradients
+from .missed import note_counted
 from .moments import check_groups
 from .prelaunch import prelaunch_is_over
 from .sketches import along_gradients
@@ -82,6 +83,7 @@ def advance(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], adapte
         check_replicas(layers, adapter)
         waiting = phase_of(layers, adapter) == "pre-launch"
         config = config_of(layers, adapter)
+        note_counted(config)
         if waiting and config.needs_gradients and steps_taken(layers, adapter) >= config.longest_prelaunch:
             where = "before the first step" if config.prelaunch_steps == 0 else "before the step after those"
             raise ValueError(

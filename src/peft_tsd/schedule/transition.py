@@ -100,7 +100,7 @@ def transition(
         restarted = _restarted({name: layers[name] for name in found}, adapter)
         for parameter, owner in zip(restarted, owners_of(restarted, optimizer)):
             forget(owner, parameter)
-    note_transition(layers)
+    note_transition(layers, adapter)
     left_out = [name for name in layers if name not in found]
     if left_out and is_main_process():
         log.warning(

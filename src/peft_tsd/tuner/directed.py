@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,10 @@ from .settings import DirectionSettings
 
 ROUNDING = 1e-12
 """A coordinate of ΔW that is this small a part of its norm is rounding, and says nothing of its direction."""
+
+
+LAYERS: WeakSet[DirectedLayer] = WeakSet()
+"""Those made in this process."""
 
 
 class Identified(NamedTuple):

@@ -25,7 +25,7 @@ from ..directions.change import LowRank, check_matrix
 from ..directions.definitions import TaskSpecificDirections
 from ..distributed.sharded import assign, is_sharded, shape_of, whole
 from .config import TsdConfig
-from .directed import DirectedLayer, Identified
+from .directed import LAYERS, DirectedLayer, Identified
 from .held import DashScalars, FixedDirections, sent_by_accelerate
 from .stacked import Factors, adapted_linear, add_product, autocasts
 
@@ -56,6 +56,7 @@ class TsdLayer(DirectedLayer, LoraLayer):
             self.lora_directions = nn.ModuleDict()
             self.tsd_config: dict[str, TsdConfig] = {}
             self.register_state_dict_post_hook(sent_by_accelerate)
+            LAYERS.add(self)
         self.check_unmerged(adapter_name)
         out_size, in_size = self.matrix_shape
         if config.starts_from_directions and r > min(out_size, in_size):

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..models.wrapped import modules_in_base
 from .directed import DirectedLayer
+from .held import FixedDirections
 from .settings import DirectionSettings
 
 Phase = Literal["pre-launch", "dash"]
@@ -68,13 +69,13 @@ class PrelaunchWarning(UserWarning):
     """An adapter is used as finished while it is still the plain LoRA of its pre-launch."""
 
 
-_had_directions: WeakSet[DirectedLayer] = WeakSet()
-"""The first layers of adapters that made the transition in this process."""
+_had_directions: WeakSet[FixedDirections] = WeakSet()
+"""Of adapters that made the transition in this process, what their first layers hold."""
 
 
-def note_transition(layers: Mapping[str, DirectedLayer]) -> None:
-    """Remember that an adapter has directions now, in case a state of before is restored."""
-    _had_directions.add(any_layer(layers))
+def note_transition(layers: Mapping[str, DirectedLayer], adapter: str) -> None:
+    """Remember that `adapter` has directions now, in case a state of before is restored."""
+    _had_directions.add(any_layer(layers).fixed(adapter))
 
 
 def warn_in_prelaunch(
@@ -91,7 +92,7 @@ def warn_in_prelaunch(
     steps = steps_taken(layers, adapter)
     if cause:
         pass
-    elif any_layer(layers) in _had_directions:
+    elif any_layer(layers).fixed(adapter) in _had_directions:
         cause = (
             f"It had its directions, and was restored to its state after step {steps}, before the transition (as "
             "load_best_model_at_end does where an early checkpoint was the best): restore one of after it, or let the "

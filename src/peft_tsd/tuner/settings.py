@@ -83,6 +83,9 @@ class DirectionSettings:
     # The same for that about the state of a denoiser which a pipeline could not read.
     native_notice_given = False
 
+    # Nor this: when steps were last counted (see `schedule.missed`).
+    counted_at = 0
+
     @property
     def method(self) -> str:
         """Its name in messages."""

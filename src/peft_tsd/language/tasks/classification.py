@@ -17,6 +17,7 @@ from transformers import (
 
 from ...errors import RecipeError
 from ..sections import Task
+from .cut import Cut
 from .sources import Example
 
 Batch = dict[str, Any]
@@ -30,6 +31,8 @@ class Classification:
 
     metric = "accuracy"
     peft_task_type = "SEQ_CLS"
+    loses = "the end of their text"
+    """What a row too long loses."""
 
     def __init__(self, task: Task, train: Sequence[Example]) -> None:
         found = Counter(example.answer for example in train)
@@ -59,9 +62,15 @@ class Classification:
         }
 
     def encode(
-        self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, leave_out: bool = False
+        self,
+        examples: Sequence[Example],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        leave_out: bool = False,
+        cut: Cut | None = None,
     ) -> list[Batch]:
-        """Rows of token ids and `labels`; `leave_out` examples whose label is none of those."""
+        """Rows of token ids and `labels`; `leave_out` examples whose label is none of those, `cut` counts what is
+        lost."""
         if leave_out:
             examples = [example for example in examples if example.answer in self.labels]
         if not examples:
@@ -69,6 +78,13 @@ class Classification:
         encoded = tokenizer(
             [example.prompt for example in examples], truncation=True, max_length=self._task.max_length
         )
+        if cut is not None:
+            texts = [example.prompt for example in examples]
+            cut.rows(
+                encoded["input_ids"],
+                self._task.max_length,
+                lambda places: tokenizer([texts[i] for i in places], verbose=False)["input_ids"],
+            )
         index = {label: i for i, label in enumerate(self.labels)}
         return [
             {"input_ids": ids, "attention_mask": mask, "labels": index[example.answer]}

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from ...errors import RecipeError
 from ..sections import Task
+from .cut import Cut
 from .decoding import pad_left, positions, write_texts
 from .likelihood import most_likely
 from .sources import Example
@@ -42,6 +43,8 @@ class Generation:
     """A prompt is followed by the answer and the end token; the loss is taken on these two alone."""
 
     peft_task_type = "CAUSAL_LM"
+    loses = "the beginning of their prompt; answers stay whole"
+    """What a row too long loses."""
 
     def __init__(self, task: Task, reading: Reading = EXACT_MATCH) -> None:
         self._task = task
@@ -57,9 +60,16 @@ class Generation:
         return {}
 
     def encode(
-        self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, leave_out: bool = False
+        self,
+        examples: Sequence[Example],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        leave_out: bool = False,
+        cut: Cut | None = None,
     ) -> list[Batch]:
-        """Rows of `prompt` and `answer` token ids. An answer too long is refused, or left out."""
+        """Rows of `prompt` and `answer` token ids; `cut` counts what is lost. An answer too long is refused, or left
+        out."""
+        cut = cut or Cut()
         end = tokenizer.eos_token_id
         if end is None:
             raise RecipeError("the tokenizer has no end token, so an answer would never end; give another model")
@@ -68,6 +78,7 @@ class Generation:
         for example, prompt, ids in zip(examples, self._prompts(examples, tokenizer), answers, strict=True):
             answer = [*ids, end]
             if leave_out and len(answer) >= self._task.max_length:
+                cut.left_out += 1
                 continue
             if len(answer) >= self._task.max_length:
                 raise RecipeError(
@@ -75,6 +86,7 @@ class Generation:
                     f"{self._task.max_length}, which must hold it and a prompt; raise task.max_length"
                 )
             room = self._task.max_length - len(answer)
+            cut.row(len(prompt) - room)
             rows.append({"prompt": prompt[-room:], "answer": answer})
         return rows
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from ...errors import RecipeError, did_you_mean
 from ..sections import Data, Task
 from .classification import logits, padded
+from .cut import Cut
 from .material import Material, apart
 from .metrics import METRICS
 from .sources import Row, read_hub, read_table
@@ -147,6 +148,8 @@ class Glue:
     """The sentences are read by a model with a classification head, or one output for a grade."""
 
     peft_task_type = "SEQ_CLS"
+    loses = "the end of their longer sentence"
+    """What a row too long loses."""
 
     def __init__(self, task: Task, glue: GlueTask) -> None:
         self._task = task
@@ -171,10 +174,24 @@ class Glue:
         }
 
     def encode(
-        self, examples: Sequence[Sentences], tokenizer: PreTrainedTokenizerBase, *, leave_out: bool = False
+        self,
+        examples: Sequence[Sentences],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        leave_out: bool = False,
+        cut: Cut | None = None,
     ) -> list[dict[str, Any]]:
-        """Rows of token ids and `labels`, a label's number or a grade, which every example has."""
+        """Rows of token ids and `labels`, a label's number or a grade, which every example has; `cut` counts what is
+        lost."""
         encoded = self._encoded(examples, tokenizer)
+        if cut is not None:
+
+            def whole(places: list[int]) -> list[list[int]]:
+                chosen = [examples[i] for i in places]
+                uncut: list[list[int]] = self._encoded(chosen, tokenizer, truncation=False, verbose=False)["input_ids"]
+                return uncut
+
+            cut.rows(encoded["input_ids"], self._task.max_length, whole)
         return [
             {**{key: encoded[key][i] for key in encoded}, "labels": self._number(example)}
             for i, example in enumerate(examples)
@@ -200,14 +217,21 @@ class Glue:
         right = [self._number(example) for example in examples]
         return {metric: METRICS[metric].measure(right, guesses) for metric in self._glue.metrics}
 
-    def _encoded(self, examples: Sequence[Sentences], tokenizer: PreTrainedTokenizerBase) -> Any:
+    def _encoded(
+        self,
+        examples: Sequence[Sentences],
+        tokenizer: PreTrainedTokenizerBase,
+        truncation: bool = True,
+        verbose: bool = True,
+    ) -> Any:
         first, second, _ = zip(*examples)
         # A pair too long loses the end of its longer sentence.
         return tokenizer(
             list(first),
             list(second) if second[0] is not None else None,
-            truncation=True,
-            max_length=self._task.max_length,
+            truncation=truncation,
+            max_length=self._task.max_length if truncation else None,
+            verbose=verbose,
         )
 
     def _number(self, example: Sentences) -> int | float:
