@@ -20,7 +20,7 @@ METHODS = ["lora-dash", "lora-init", "lora-tsd"]
 
 
 def adapted(base=None, method="lora-tsd", **changes):
-    settings = {"prelaunch_steps": 0, "direction_source": "gradient", **changes}
+    settings = {"prelaunch_steps": 0, "direction_source": "gradient", "first_step": False, **changes}
     return get_peft_model(base or tiny.llama().double(), tiny.config(method, **settings))
 
 
@@ -157,7 +157,7 @@ def test_the_same_directions_each_time_and_for_half_of_the_batches_each(tmp_path
 @pytest.mark.parametrize("prelaunch_steps", [0, 3])
 def test_a_trainer_finds_them_by_itself(tmp_path, prelaunch_steps):
     model = adapted(tiny.llama(), prelaunch_steps=prelaunch_steps)
-    training = trainer(tmp_path, model)
+    training = trainer(tmp_path, model, max_steps=12)
     training.train()
     assert model.directions().prelaunch_steps == prelaunch_steps
     assert losses(training)[-1] < losses(training)[0]

@@ -48,7 +48,8 @@ class TsdCallback(TrainerCallback):
 
     Args:
         batches: Those batches, or how many of the Trainer's training batches to take, the first ones of the first
-            epoch. They are trained on all the same.
+            epoch. They are trained on all the same. By default, for directions of the gradient those of two optimizer
+            steps, one for the gradient and one to find the first step's length; 8 for directions of the weight.
         loss: Of the model and a batch, for them alone; the model's own by default.
 
     Attributes:
@@ -62,7 +63,7 @@ class TsdCallback(TrainerCallback):
             `identify_from_gradients`.
     """
 
-    def __init__(self, batches: int | Sequence[Any] = 8, loss: Loss = loss_of_output) -> None:
+    def __init__(self, batches: int | Sequence[Any] | None = None, loss: Loss = loss_of_output) -> None:
         if isinstance(batches, int) and (isinstance(batches, bool) or batches < 1):
             raise ValueError(f"batches must be a positive number of batches, or batches; got {batches!r}.")
         self.batches = batches
@@ -114,6 +115,8 @@ class TsdCallback(TrainerCallback):
             if config.needs_gradients and phase_of(layers, adapter) == "pre-launch":
                 # Now, also for later: a dataloader in use must not be read from its beginning.
                 given = self.batches
+                if given is None:
+                    given = 8 if config.direction_source == "weight" else 2 * args.gradient_accumulation_steps
                 self._batches = first_batches(given, train_dataloader) if isinstance(given, int) else list(given)
                 self._identify_if_due(model, optimizer, layers, adapter, state)
             if config.prelaunch_steps == 0:

@@ -109,7 +109,7 @@ def pass_by(
 
         return lambda module, inputs, result: _Watched.apply(result, inputs[0], anchor, hand_over)  # type: ignore[no-untyped-call]
 
-    with _undisturbed(model):
+    with undisturbed(model):
         handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
         try:
             for batch in batches:
@@ -176,7 +176,7 @@ def random_states_kept() -> Iterator[None]:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode and frozen; afterwards as before, with the random number generators."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     modes = {module: module.training for module in model.modules()}

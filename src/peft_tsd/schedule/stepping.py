@@ -23,6 +23,7 @@ from ..models.wrapped import unwrapped
 from ..tuner.directed import DirectedLayer, Identified
 from ..tuner.held import FixedDirections
 from ..tuner.phase import adapted_layers, any_layer, config_of, phase_of, steps_taken
+from .first_step import step_down
 from .gradients import Loss, loss_of_output, weight_gradients
 from .missed import note_counted
 from .moments import check_groups
@@ -119,8 +120,10 @@ def identify_from_gradients(
     """Make the transition now, from the gradient G of the mean loss over `batches` with respect to each frozen weight.
 
     With `direction_source="gradient"` the directions are the leading singular directions of G, found by sketches in
-    two passes over the batches. With `"weight"` they are the core directions of highest `|u_iᵀ G v_i| / (σ_i + ε)`,
-    so that LoRA-Dash learns along its directions, and LoRA-Init starts from them, without a pre-launch:
+    two passes over the first half of the batches; then a first step is taken along them, as long as lowers the loss of
+    the other half most (with `first_step=False` none is, and all batches are for the gradient). With `"weight"` they
+    are the core directions of highest `|u_iᵀ G v_i| / (σ_i + ε)`, so that LoRA-Dash learns along its directions, and
+    LoRA-Init starts from them, without a pre-launch:
 
         ```py
         >>> model = get_peft_model(base, TsdConfig(prelaunch_steps=0, ...))
@@ -161,14 +164,19 @@ def identify_from_gradients(
         check_replicas(layers, adapter)
         if phase_of(layers, adapter) == "dash":
             raise ValueError(f"The directions of adapter {adapter!r} have been identified before.")
-        if config_of(layers, adapter).direction_source == "gradient":
-            find = partial(along_gradients, bare, batches, loss)
+        config = config_of(layers, adapter)
+        steps = config.direction_source == "gradient" and config.first_step
+        half = -(-len(batches) // 2) if steps else len(batches)
+        if config.direction_source == "gradient":
+            find = partial(along_gradients, bare, batches[:half], loss)
         else:
             find = partial(_from_gradients, bare, batches, loss, memory_gib * 2**30)
         # What was compiled before a hook was put on a layer in it does not call the hook.
         with torch.compiler.set_stance("force_eager"):
-            made = transition(layers, adapter, optimizer, find)
-        if not made:
+            found = transition(layers, adapter, optimizer, find)
+            if steps and found:
+                step_down(bare, layers, adapter, found, batches[half:] or batches, loss)
+        if not found:
             raise ValueError(
                 f"No gradient but zero reached {next(iter(layers))!r} or any of {len(layers)} layers: give a loss "
                 "that depends on them, and batches whose labels are not all ignored; where activations are "

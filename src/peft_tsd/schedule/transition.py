@@ -57,7 +57,7 @@ def transition(
     adapter: str,
     optimizer: Optimizer | Sequence[Optimizer] | None,
     identify: Callable[[Mapping[str, DirectedLayer], str], dict[str, Identified | None]] = from_lora,
-) -> bool:
+) -> dict[str, Identified]:
     """Identify the directions of every layer and write them in; restart A and B where the method says so.
 
     A layer that has not changed is left out: it goes on as it is, without directions.
@@ -69,7 +69,7 @@ def transition(
         identify: Finds what to write, and writes nothing.
 
     Returns:
-        Whether it was made; it was not where no layer has changed.
+        What was written, by layer; nothing where no layer has changed, and the transition was not made.
 
     Raises:
         TransitionError: As `advance`; nothing has been written then.
@@ -85,7 +85,7 @@ def transition(
         release(layers)
     found = {name: one for name, one in seen.items() if one is not None}
     if not found:
-        return False
+        return {}
     if config.direction_budget == "global":
         slots = config.direction_slots
         scores = {name: over_chance(one.chosen.rates[:slots], one.chance) for name, one in found.items()}
@@ -111,7 +111,7 @@ def transition(
             len(layers),
             ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else ""),
         )
-    return True
+    return found
 
 
 def _restarted(layers: Mapping[str, DirectedLayer], adapter: str) -> list[nn.Parameter]:

@@ -74,6 +74,11 @@ class TsdConfig(DirectionSettings, LoraConfig):
             `"gradient"`: the leading singular directions of the gradient of the loss with respect to that weight,
             along which, to first order, a scalar or a row of A does most; found from a few batches
             (`identify_from_gradients`; `TsdCallback` does it by itself) without a look at the weight.
+        first_step (`bool`, defaults to `True`):
+            With directions of the gradient, begin with a step down it: a change of `−η Σ_j u_j v_jᵀ` in every layer,
+            in B where A starts from the directions, and in Δσ elsewhere. The one length η is the best of those tried
+            on batches that the gradient has not seen, and none is taken where none lowers their loss. `False`: the
+            adapter starts at zero.
         num_directions (`int`, defaults to 8):
             Directions a layer whose change is learned directly; s in the paper. `"lora-init"` does not use it: it
             restarts from the r highest.

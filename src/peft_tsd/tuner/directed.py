@@ -39,6 +39,8 @@ class Identified(NamedTuple):
     unit: Tensor | None
     start_a: Tensor | None
     start_b: Tensor | None
+    descent: Tensor | None = None
+    """For a first step: what a step of length one down the gradient makes of `stepped`, in its shape."""
     chance: float = 0.0
     """For a global budget: the change rate that num_directions of the layer would exceed under a random change."""
 
@@ -232,7 +234,9 @@ class DirectedLayer(_Mixin):
             v=v[:, :n].float().cpu(),
         )
         start_a, start_b = self._start(adapter, chosen)
-        return Identified(chosen._replace(u=chosen.u[:, :num_dash], v=chosen.v[:, :num_dash]), None, start_a, start_b)
+        descent = self._descent(adapter, chosen.u) if self.settings(adapter).first_step else None
+        chosen = chosen._replace(u=chosen.u[:, :num_dash], v=chosen.v[:, :num_dash])
+        return Identified(chosen, None, start_a, start_b, descent)
 
     @torch.no_grad()
     def identify(
@@ -287,11 +291,23 @@ class DirectedLayer(_Mixin):
         num_dash = fixed.slots
         chosen = chosen._replace(u=chosen.u[:, :num_dash].clone(), v=chosen.v[:, :num_dash].clone())
         unit, start_a, start_b = (None if x is None else x.cpu() for x in (unit, start_a, start_b))
-        return Identified(TaskSpecificDirections(*(x.cpu() for x in chosen)), unit, start_a, start_b, chance)
+        return Identified(TaskSpecificDirections(*(x.cpu() for x in chosen)), unit, start_a, start_b, chance=chance)
 
     def _start(self, adapter: str, chosen: TaskSpecificDirections) -> tuple[Tensor | None, Tensor | None]:
         """The factors that a method restarts from, if it does."""
         return None, None
+
+    def stepped(self, adapter: str) -> nn.Parameter:
+        """The parameter that a first step down the gradient moves from zero: B where it restarts, and Δσ elsewhere."""
+        return self.scalars(adapter).weight
+
+    def _descent(self, adapter: str, u: Tensor) -> Tensor:
+        """What `stepped` is after a step by minus one along each of the directions, of which u, (out, n), are the left
+        ones.
+        """
+        theta = torch.zeros(shape_of(self.scalars(adapter).weight))
+        theta[: u.shape[1]] = -1 / self.settings(adapter).dash_lr_ratio
+        return theta
 
     @torch.no_grad()
     def fill(self, adapter: str, found: Identified) -> None:

@@ -277,6 +277,20 @@ class TsdLayer(DirectedLayer, LoraLayer):
             return torch.where(learns, root, 1)[:, None] * v.mT, u * torch.where(learns, root, 0)
         return v.mT, torch.zeros_like(u)
 
+    def stepped(self, adapter: str) -> nn.Parameter:
+        if not self.tsd_config[adapter].starts_from_directions:
+            return super().stepped(adapter)
+        parameter: nn.Parameter = self.lora_B[adapter].weight
+        return parameter
+
+    def _descent(self, adapter: str, u: Tensor) -> Tensor:
+        if not self.tsd_config[adapter].starts_from_directions:
+            return super()._descent(adapter, u)
+        # B can turn away from what the first step got wrong, which fixed directions cannot.
+        b = torch.zeros(u.shape[0], self.r[adapter])
+        b[:, : u.shape[1]] = u[:, : self.r[adapter]] / -(self.scaling[adapter] * INIT_ROW_NORM)
+        return b.view(shape_of(self.lora_B[adapter].weight))
+
     @torch.no_grad()
     def fill(self, adapter: str, found: Identified) -> None:
         if found.start_a is not None and found.start_b is not None:

@@ -51,6 +51,10 @@ class DirectionSettings:
         default="weight",
         metadata={"help": "Whose singular directions: the frozen weight's (the paper's), or those of its gradient."},
     )
+    first_step: bool = field(
+        default=True,
+        metadata={"help": "Begin along directions of the gradient with a step down it, its length found by trying."},
+    )
     num_directions: int = field(default=8, metadata={"help": "Directions a layer whose change is learned directly."})
     direction_budget: DirectionBudget = field(
         default="layer", metadata={"help": "Whether num_directions go to every layer, or as many in all to the model."}
@@ -101,6 +105,8 @@ class DirectionSettings:
         check_setting("selection", self.selection, get_args(Selection))
         check_setting("direction_budget", self.direction_budget, get_args(DirectionBudget))
         check_setting("direction_source", self.direction_source, get_args(DirectionSource))
+        if not isinstance(self.first_step, bool):
+            raise ValueError(f"first_step must be True or False; got {self.first_step!r}.")
         _check_prelaunch_steps(self.prelaunch_steps)
         check_positive_int("prelaunch_min", self.prelaunch_min, "the fewest steps of an automatic pre-launch")
         check_positive_int("prelaunch_max", self.prelaunch_max, "the most steps of an automatic pre-launch")

@@ -1,0 +1,107 @@
+"""The first step down the gradient, along its leading singular directions: all singular values one, as long as pays.
+
+From `W` (and what a pre-launch has learned) the model goes to `W − η Σ_j u_j v_jᵀ` in every layer, with one length η
+for all, in the parameters that are trained: `B = −η U/(s c)` where A starts as `c Vᵀ` (LoRA-Init, LoRA-TSD), Δσ_j = −η
+elsewhere. The length is found by trying: doubled while the loss of batches that the gradient has not seen falls.
+
+Sources: LoRA-One (Zhang et al., ICML 2025) starts LoRA from one step of descent along the leading singular directions,
+in proportion to the singular values. Steps of equal singular values are those of Muon (Jordan et al., 2024), steepest
+descent in the spectral norm; with them one length serves layers whose gradients differ by orders of magnitude.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..distributed.sharded import assign, is_main_process, world
+from ..tuner.directed import DirectedLayer, Identified
+from .gradients import Loss, undisturbed
+
+log = logging.getLogger(__name__)
+
+FIRST_TRIED = 1 / 8
+"""The first length tried: the one that would take this part off the loss, were it linear."""
+
+MOST_TRIED = 8
+"""Lengths tried at most. Usually it is four or five: the best take off half of the loss or more."""
+
+
+@torch.no_grad()
+def step_down(
+    model: nn.Module,
+    layers: Mapping[str, DirectedLayer],
+    adapter: str,
+    found: Mapping[str, Identified],
+    batches: Sequence[Any],
+    loss: Loss,
+) -> float:
+    """Take the first step, as long as lowers the loss most; none where no length lowers it.
+
+    In distributed training each process gives its own batches, and the loss is the mean over them.
+
+    Args:
+        model: The model, not wrapped, its directions identified.
+        layers: Its layers, by name.
+        adapter: The adapter.
+        found: What was written into the layers that have directions.
+        batches: What `loss` takes, one at a time; gone through once for each length tried.
+        loss: Of the model and a batch, a scalar.
+
+    Returns:
+        η, the length taken: the spectral norm of each layer's change.
+    """
+    steps = {name: one.descent for name, one in found.items() if one.descent is not None}
+
+    def go(length: float) -> None:
+        for name, step in steps.items():
+            assign(layers[name].stepped(adapter), length * step)
+
+    def loss_at(length: float) -> float:
+        go(length)
+        values = torch.stack([loss(model, batch).detach().double() for batch in batches])
+        mean = values.mean()
+        if world()[1] > 1:
+            dist.all_reduce(mean)
+            mean /= world()[1]
+        return float(mean)
+
+    slope = float(sum(one.chosen.sigma.double().sum() for one in found.values()))
+    length = 0.0
+    try:
+        with undisturbed(model):
+            length, before, after = best_length(loss_at, slope)
+    finally:
+        go(length)
+    if is_main_process():
+        log.info(
+            "first step of adapter %r: length %.3g, loss %.4f before it, %.4f after", adapter, length, before, after
+        )
+    return length
+
+
+def best_length(loss_at: Callable[[float], float], slope: float) -> tuple[float, float, float]:
+    """The length of lowest loss among those tried, the loss at zero, and that at the length.
+
+    Args:
+        loss_at: The loss after a step of a length.
+        slope: How fast it falls with the length at first, or a number of its order.
+    """
+    before = loss_at(0.0)
+    best, lowest = 0.0, before
+    length = FIRST_TRIED * abs(before) / slope
+    for _ in range(MOST_TRIED if length > 0 else 0):
+        value = loss_at(length)
+        if value < lowest:
+            best, lowest = length, value
+            length *= 2
+        elif best:  # it was shorter, and better
+            break
+        else:
+            length /= 4
+    return best, before, lowest
