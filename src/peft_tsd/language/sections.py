@@ -159,7 +159,7 @@ class Training(Saving):
     epochs: int | None = Field(default=None, ge=1)
     similar_lengths: bool = False
     """Batches of rows of similar length: less padding, more rows a second."""
-    start_batches: int = Field(default=8, ge=1)
+    start_batches: int | None = Field(default=None, ge=1)
     """Of the training batches, how many of the first are looked at before training, where a method starts from them:
     directions of gradients, `lora-ga` and `eva`. They are trained on all the same."""
     report_to: list[str] = Field(default=[])

@@ -30,7 +30,7 @@ from ..runs.folder import RunFolder
 from ..runs.log import log, logging_to
 from ..runs.machine import check_one_process, current_device, peak_memory
 from ..runs.stopping import Stop, interruptible
-from ..schedule.callback import TsdCallback, first_batches
+from ..schedule.callback import START_BATCHES, TsdCallback, first_batches
 from ..schedule.gradients import random_states_kept
 from ..tuner.checking import check_adapter, check_fits, check_onto
 from ..tuner.opening import put_onto
@@ -257,9 +257,8 @@ def _adapted(job: Job, base: Any, checkpoint: Path | None) -> Any:
     if checkpoint is None:
         shutil.rmtree(kept, ignore_errors=True)
         base.to(current_device())
-        batches = first_batches(
-            job.recipe.training.start_batches, _trainer(job, base, base, []).get_train_dataloader()
-        )
+        number = job.recipe.training.start_batches or START_BATCHES
+        batches = first_batches(number, _trainer(job, base, base, []).get_train_dataloader())
         return start_from_batches(base, job.adapter_config, batches, kept)
     # EVA has given ranks to layers, which stand in the configuration that was saved.
     config = check_adapter(checkpoint)

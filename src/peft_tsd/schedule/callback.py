@@ -22,6 +22,9 @@ from .moments import check_groups
 from .prelaunch import checks_made
 from .stepping import advance, check_replicas, check_unmerged, identify_from_gradients, log, trained_adapters
 
+START_BATCHES = 8
+"""How many batches tell enough of a dense gradient, or of inputs, to start from, where nobody says how many."""
+
 
 class TsdCallback(TrainerCallback):
     """Runs the schedule of TSD adapters in transformers' Trainer and in TRL's trainers.
@@ -116,7 +119,9 @@ class TsdCallback(TrainerCallback):
                 # Now, also for later: a dataloader in use must not be read from its beginning.
                 given = self.batches
                 if given is None:
-                    given = 8 if config.direction_source == "weight" else 2 * args.gradient_accumulation_steps
+                    given = (
+                        START_BATCHES if config.direction_source == "weight" else 2 * args.gradient_accumulation_steps
+                    )
                 self._batches = first_batches(given, train_dataloader) if isinstance(given, int) else list(given)
                 self._identify_if_due(model, optimizer, layers, adapter, state)
             if config.prelaunch_steps == 0:
