@@ -4,14 +4,14 @@
     python benchmarks/step.py --device cuda       # GPU, blocks of LLaMA-7B's shapes in bfloat16
     python benchmarks/step.py --dropout 0.05
 
-Every method, in pre-launch and after its transition, beside PEFT's LoRA of the same rank, PEFT's DoRA and the
-dense form of the dash, `W + s·B·A + U·diag(Δσ)·Vᵀ` with the last term multiplied out at every step. All are
-trained in one process on copies of one model, one step each in turn, so that what else the machine does falls on
-all alike. Reported: the median over rounds of the time of a step (forward, backward, AdamW) divided by LoRA's in
-the same round, with its quartiles; and the peak of the memory allocated during a step, over LoRA's. The row "base"
-is what no adapter can go below: the same model with nothing but a rank-1 LoRA in front, so that gradients flow through
-all of it. `--inference` times the forward pass alone, unmerged, against a LoRA of rank r + s; `--compile` compares
-compiled with compiled.
+Every method, in pre-launch and after its transition (`kept`: with what pre-launch learned), beside PEFT's LoRA of the
+same rank, PEFT's DoRA and the dense form of the dash, `W + s·B·A + U·diag(Δσ)·Vᵀ` with the last term multiplied out at
+every step. All are trained in one process on copies of one model, one step each in turn, so that what else the machine
+does falls on all alike. Reported: the median over rounds of the time of a step (forward, backward, AdamW) divided by
+LoRA's in the same round, with its quartiles; and the peak of the memory allocated during a step, over LoRA's. The row
+"base" is what no adapter can go below: the same model with nothing but a rank-1 LoRA in front, so that gradients flow
+through all of it. `--inference` times the forward pass alone, unmerged, against a LoRA of rank r + s; `--compile`
+compares compiled with compiled.
 
 The directions are random orthonormal ones: a step costs the same whichever they are.
 """
@@ -92,8 +92,9 @@ def dense_dash(base: nn.Module, rank: int, dropout: float) -> nn.Module:
     return model
 
 
-def tsd(base: nn.Module, rank: int, dropout: float, method: str, moved: bool) -> nn.Module:
+def tsd(base: nn.Module, rank: int, dropout: float, method: str, moved: bool, keep: bool) -> nn.Module:
     config = TsdConfig(
+        keep_prelaunch=keep,
         method=method,
         r=rank,
         lora_alpha=2 * rank,
@@ -123,11 +124,10 @@ def contenders(rank: int, dropout: float) -> dict[str, Callable[[nn.Module], nn.
         "PEFT DoRA": lambda base: peft_lora(base, rank, dropout, use_dora=True),
         "dense dash": lambda base: dense_dash(base, rank, dropout),
     }
-    for method in ("lora-dash", "lora-init", "lora-tsd"):
+    for method, keep in (("lora-dash", False), *itertools.product(("lora-init", "lora-tsd"), (False, True))):
         for moved, phase in ((False, "pre-launch"), (True, "dash")):
-            table[f"{method}, {phase}"] = lambda base, method=method, moved=moved: tsd(
-                base, rank, dropout, method, moved
-            )
+            name = f"{method}{' kept' * keep}, {phase}"
+            table[name] = lambda base, how=(method, moved, keep): tsd(base, rank, dropout, *how)
     return table
 
 

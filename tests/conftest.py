@@ -34,10 +34,10 @@ def same_start():
 
 METHODS = [
     pytest.param({"method": "lora-dash"}, id="dash"),
-    pytest.param({"method": "lora-init", "init_reading": "svd"}, id="init-svd"),
+    pytest.param({"method": "lora-init", "init_reading": "svd", "keep_prelaunch": False}, id="init-svd"),
     pytest.param({"method": "lora-init", "init_reading": "orthonormal"}, id="init-orthonormal"),
     pytest.param({"method": "lora-tsd", "init_reading": "svd"}, id="tsd-svd"),
-    pytest.param({"method": "lora-tsd", "init_reading": "orthonormal"}, id="tsd-orthonormal"),
+    pytest.param({"method": "lora-tsd", "init_reading": "orthonormal", "keep_prelaunch": False}, id="tsd-orthonormal"),
 ]
 
 

@@ -271,3 +271,19 @@ def test_the_recipe_of_a_run_does_not_make_its_code_trusted(stopped):
     stopped.write_text(content.replace("trust_remote_code: false", "trust_remote_code: true"))
     assert load_recipe(str(stopped)).model.trust_remote_code
     assert not find_run(stopped.parent).model.trust_remote_code
+
+
+@pytest.mark.parametrize("method", ["lora", "lora-dash", "lora-tsd"])
+def test_a_run_begun_before_what_pre_launch_learned_was_kept_goes_on_as_it_began(place, method):
+    recipe = load_recipe(str(text_models.write_recipe(place)), [f"method={method}"])
+    folder = RunFolder(recipe.output)
+    folder.create(recipe, {})
+    lines = folder.recipe.read_text().splitlines()
+    folder.recipe.write_text("\n".join(line for line in lines if "keep_prelaunch" not in line))
+    if method != "lora-tsd":
+        folder.check_resumable(recipe)
+        return
+    with pytest.raises(InputError, match=r"directions.keep_prelaunch=True differs from False, with which the run"):
+        folder.check_resumable(recipe)
+    same = load_recipe(str(text_models.write_recipe(place)), ["method=lora-tsd", "directions.keep_prelaunch=false"])
+    folder.check_resumable(same)

@@ -17,13 +17,15 @@ def change_rates(weight: torch.Tensor, delta: torch.Tensor, eps: float = 1e-6) -
 
 
 def effective_change(layer, adapter: str = "default") -> torch.Tensor:
-    """ΔW (out, in) of an adapted layer, term by term: s(B·A − B₀·A₀) + Σ_j Δσ_j u_j v_jᵀ."""
+    """ΔW (out, in) of an adapted layer, term by term: s(B·A − B₀·A₀ + B₁·A₁) + Σ_j Δσ_j u_j v_jᵀ."""
     double = lambda t: t.detach().double().flatten(1)  # noqa: E731
     fixed = layer.lora_directions[adapter]
     scaling = layer.scaling[adapter]
     delta = scaling * double(layer.lora_B[adapter].weight) @ double(layer.lora_A[adapter].weight)
     if fixed.a0 is not None:
         delta = delta - scaling * double(fixed.b0) @ double(fixed.a0)
+    if fixed.kept_a is not None:
+        delta = delta + scaling * double(fixed.kept_b) @ double(fixed.kept_a)
     if fixed.u is None:
         return delta
     theta = layer.lora_dash[adapter].weight.detach().double()

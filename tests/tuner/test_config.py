@@ -1,4 +1,5 @@
 import itertools
+import json
 
 import pytest
 from hypothesis import given
@@ -35,6 +36,7 @@ def test_it_survives_saving(tmp_path):
             "method must be one of lora-dash, lora-init, lora-tsd; got 'lora-dahs'. Did you mean",
         ),
         ({"method": None}, "got None"),
+        ({"keep_prelaunch": 1}, "keep_prelaunch must be True or False; got 1"),
         ({"init_reading": "SVD"}, "init_reading must be one of svd, orthonormal; got 'SVD'"),
         ({"prelaunch_steps": -1}, "prelaunch_steps must be the number of .*, 0 for .* gradients, or 'auto'; got -1"),
         ({"prelaunch_steps": 1.5}, "got 1.5"),
@@ -111,10 +113,23 @@ def test_what_makes_sense_is_kept(changes):
         assert getattr(config, name) == value
 
 
+def test_what_was_saved_before_there_was_a_choice_dropped_what_pre_launch_learned(tmp_path):
+    TsdConfig(target_modules=["q_proj"]).save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(str(tmp_path)).keep_prelaunch is True
+    path = tmp_path / "adapter_config.json"
+    content = json.loads(path.read_text())
+    del content["keep_prelaunch"]
+    path.write_text(json.dumps(content))
+    for kind in (PeftConfig, TsdConfig):
+        assert kind.from_pretrained(str(tmp_path)).keep_prelaunch is False
+
+
 def test_each_method_says_what_it_does():
     told = {m: TsdConfig(method=m) for m in ("lora-dash", "lora-init", "lora-tsd")}
     assert [c.learns_along_directions for c in told.values()] == [True, False, True]
     assert [c.starts_from_directions for c in told.values()] == [False, True, True]
+    assert [c.keeps_prelaunch for c in told.values()] == [False, True, True]
+    assert not TsdConfig(prelaunch_steps=0).keeps_prelaunch
 
 
 @given(st.integers(1, 300), st.integers(0, 1000))

@@ -47,7 +47,7 @@ def test_the_change_is_that_of_the_definition_at_the_exact_rank(kind, r, num_dir
     """Against the SVD of W and dense products: s·B·A + Σ_j (Δσ_j − [j < r]·σ_j) u_j v_jᵀ."""
     torch.manual_seed(0)
     layer, shape = LAYERS[kind]()
-    settings = {"r": r, "num_directions": num_directions, "target_modules": ["layer"]}
+    settings = {"r": r, "num_directions": num_directions, "target_modules": ["layer"], "keep_prelaunch": False}
     model = get_peft_model(One(layer).double(), tiny.config(**settings))
     x = torch.randn(shape, dtype=torch.float64)
     tiny.train(model, 6, inputs=x)
@@ -68,8 +68,8 @@ def test_the_change_is_that_of_the_definition_at_the_exact_rank(kind, r, num_dir
     assert report.ranks == {"layer": r + max(r, num_directions)}
 
 
-def test_at_the_default_rank_an_export_fits_servers_of_rank_16(tmp_path):
-    model = get_peft_model(tiny.llama(), tiny.config(r=8, num_directions=8))
+def test_at_rank_8_with_8_directions_an_export_fits_servers_of_rank_16(tmp_path):
+    model = get_peft_model(tiny.llama(), tiny.config(r=8, num_directions=8, keep_prelaunch=False))
     tiny.train(model, 5)
     out = model.eval()(tiny.tokens()).logits
     report = export_lora(model, tmp_path / "lora")
@@ -85,7 +85,7 @@ def test_the_start_is_taken_out_to_the_last_bit_in_every_precision(dtype, change
     """Each row and column that is taken out has the rounding of that of A and B: the layer starts at W."""
     torch.manual_seed(0)
     base = One(nn.Linear(24, 20)).to(dtype)
-    config = tiny.config(target_modules=["layer"], **changes)
+    config = tiny.config(target_modules=["layer"], keep_prelaunch=False, **changes)
     model = get_peft_model(base, config, autocast_adapter_dtype=False)
     # Not Adam, whose usual ε float16 cannot hold.
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

@@ -96,16 +96,22 @@ def test_gradients_are_the_dense_ones(kind, method):
 
 @given(seed=st.integers(0, 1000), kind=st.sampled_from(list(LAYERS)))
 def test_the_transition_keeps_the_function_or_returns_to_the_base(seed, kind):
-    """LoRA-Dash goes on from where it is; LoRA-Init and LoRA-TSD start again exactly at W."""
-    for method, reading in (("lora-dash", "svd"), ("lora-init", "svd"), ("lora-tsd", "orthonormal")):
-        base, model, x = adapted(kind, seed, method=method, init_reading=reading, lora_dropout=0.0)
+    """By default a model goes on from where it is; without what was learned, LoRA-Init and LoRA-TSD start at W."""
+    for method, reading, keep in (
+        ("lora-dash", "svd", False),
+        ("lora-init", "svd", False),
+        ("lora-tsd", "orthonormal", False),
+        ("lora-init", "orthonormal", True),
+        ("lora-tsd", "svd", True),
+    ):
+        base, model, x = adapted(kind, seed, method=method, init_reading=reading, keep_prelaunch=keep)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         tiny.train(model, 2, inputs=x, optimizer=optimizer)
         model(x).square().mean().backward()
         optimizer.step()
         before = model(x)
         assert advance(model, optimizer)
-        expected = before if method == "lora-dash" else base(x)
+        expected = before if keep or method == "lora-dash" else base(x)
         torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-10)
 
 
@@ -161,7 +167,7 @@ def test_fewer_directions_than_asked_for_leave_the_rest_without_effect():
 
 def test_one_dropout_mask_serves_every_term():
     """With dropout, LoRA-Init still starts at W: B·A and B₀·A₀ see the same input."""
-    base, model, x = adapted("tall", method="lora-init", lora_dropout=0.5)
+    base, model, x = adapted("tall", method="lora-init", lora_dropout=0.5, keep_prelaunch=False)
     tiny.train(model, 3, inputs=x)
     model.train()
     torch.testing.assert_close(model(x), base(x), rtol=1e-9, atol=1e-9)
@@ -172,13 +178,14 @@ def test_one_dropout_mask_serves_every_term():
     assert torch.equal(model(x), model(x))
 
 
-def test_lora_bias_is_trained_scaled_and_restarted():
-    _, model, x = adapted("conv2d", lora_bias=True)
+@pytest.mark.parametrize("keep", [False, True])
+def test_lora_bias_is_trained_scaled_and_restarted_or_kept(keep):
+    _, model, x = adapted("conv2d", lora_bias=True, keep_prelaunch=keep)
     layer = model.base_model.model.layer
     tiny.train(model, 2, inputs=x)
     assert layer.lora_B["default"].bias.any()
     tiny.train(model, 1, inputs=x)
-    assert not layer.lora_B["default"].bias.any()
+    assert layer.lora_B["default"].bias.any() == keep
     tiny.train(model, 2, inputs=x)
     expected = model(x)
     torch.testing.assert_close(model.merge_and_unload()(x), expected, rtol=1e-9, atol=1e-9)

@@ -21,6 +21,7 @@ def problem(seed: int, dash: bool, start: bool, rows: int = 3, out: int = 6, inn
         factors = factors._replace(c=random(4, grad=True), u=random(out, 4), v=random(4, inner))
     if start:
         factors = factors._replace(a0=random(rank, inner), b0=random(out, rank))
+        factors = factors._replace(kept_a=random(rank, inner), kept_b=random(out, rank))
     return result, x, factors
 
 
@@ -30,6 +31,7 @@ def dense(factors: Factors) -> torch.Tensor:
         delta = delta + factors.u @ torch.diag(factors.c) @ factors.v
     if factors.a0 is not None:
         delta = delta - factors.scaling * factors.b0 @ factors.a0
+        delta = delta + factors.scaling * factors.kept_b @ factors.kept_a
     return delta
 
 
@@ -90,7 +92,7 @@ def test_what_needs_no_gradient_gets_none(frozen):
 def test_autocast_casts_forward_and_backward_alike():
     result, x, factors = problem(2, dash=True, start=True)
     factors = Factors(*(p.detach().float().requires_grad_() if torch.is_tensor(p) else p for p in factors))
-    for name in ("u", "v", "a0", "b0"):
+    for name in ("u", "v", "a0", "b0", "kept_a", "kept_b"):
         getattr(factors, name).requires_grad_(False)
     x = x.detach().float().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):

@@ -36,7 +36,13 @@ KINDS = ["zero", "of rank 2", "padded", "nearly zero"]
 )
 def test_a_start_from_directions_learns_on_any_weight(kind, method, reading):
     config = TsdConfig(
-        method=method, init_reading=reading, r=6, prelaunch_steps=2, num_directions=6, target_modules=["0"]
+        method=method,
+        init_reading=reading,
+        keep_prelaunch=False,
+        r=6,
+        prelaunch_steps=2,
+        num_directions=6,
+        target_modules=["0"],
     )
     model = get_peft_model(layer_with(kind), config)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-1)

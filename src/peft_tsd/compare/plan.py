@@ -18,7 +18,7 @@ from ..errors import InputError, did_you_mean
 from ..language.recipe import Recipe, load_recipe
 from ..recipes.methods import METHODS as KNOWN
 from ..recipes.reading import choices_of
-from ..recipes.shared import Directions
+from ..recipes.shared import OF_A_RESTART, Directions
 
 METHODS = ("base", "full", "lora", "dora", "pissa", "adalora", "lora-dash", "lora-init", "lora-tsd")
 """What is compared by default."""
@@ -31,10 +31,10 @@ MORE_METHODS = tuple(name for name in KNOWN if name not in METHODS)
 _ALL = set(Directions.model_fields)
 
 USED = {
-    "lora-dash": _ALL - {"init_reading"},
+    "lora-dash": _ALL - OF_A_RESTART,
     "lora-init": _ALL - {"num_directions", "direction_budget", "max_directions", "dash_lr_ratio", "dash_unit"},
     "lora-tsd": _ALL,
-    **{method: _ALL - {"init_reading"} for method in MORE_METHODS if KNOWN[method].directions == "beside"},
+    **{method: _ALL - OF_A_RESTART for method in MORE_METHODS if KNOWN[method].directions == "beside"},
 }
 
 

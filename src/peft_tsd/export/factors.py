@@ -52,6 +52,9 @@ def stack_layer(
     if (identified and config.subtracts_start and not config.joins_start) or config.subtracts_init:
         a0, b0 = read("lora_directions.a0").float(), read("lora_directions.b0").float()
         factors = factors._replace(a0=a0, b0=b0)
+    if identified and config.keeps_prelaunch:
+        kept_a, kept_b = read("lora_directions.kept_a").float(), read("lora_directions.kept_b").float()
+        factors = factors._replace(kept_a=kept_a, kept_b=kept_b)
     try:
         factors = _without_unused(factors)
         factor_a, factor_b = factors.down(), factors.up()

@@ -17,7 +17,7 @@ from ..dash.config import DashConfig
 from ..errors import RecipeError
 from ..tuner.config import Method, TsdConfig
 from .methods import METHODS
-from .shared import RunRecipe
+from .shared import OF_A_RESTART, RunRecipe
 
 # AdaLoRA starts with 1.5 times the ranks it ends with (its paper's choice), gives up none in the first tenth of the
 # steps, and trains what is left in the last three tenths.
@@ -58,8 +58,7 @@ def _config(recipe: RunRecipe, fields: dict[str, Any], steps: int) -> PeftConfig
     of_peft = _of_peft(name.removesuffix("-dash"), fields, steps)
     if method.directions == "none":
         return of_peft
-    del directions["init_reading"]  # nothing starts anew
-    return DashConfig(peft=of_peft, **directions)
+    return DashConfig(peft=of_peft, **{key: value for key, value in directions.items() if key not in OF_A_RESTART})
 
 
 def _of_peft(method: str, fields: dict[str, Any], steps: int) -> PeftConfig:

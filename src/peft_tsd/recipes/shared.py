@@ -55,6 +55,10 @@ class Adapter(Section):
         return self
 
 
+OF_A_RESTART = {"init_reading", "keep_prelaunch"}
+"""What only methods use whose A and B start anew."""
+
+
 class _Directions(Section):
     @field_validator("prelaunch_steps", mode="before", check_fields=False)
     @classmethod
@@ -66,7 +70,7 @@ class _Directions(Section):
 
     @property
     def settings(self) -> DirectionSettings:
-        return DirectionSettings(**self.model_dump(exclude={"init_reading"}))
+        return DirectionSettings(**self.model_dump(exclude=OF_A_RESTART))
 
     @model_validator(mode="after")
     def _in_range(self) -> _Directions:
@@ -83,6 +87,7 @@ if TYPE_CHECKING:
         """What a method of task-specific directions adds to LoRA; the others do not use it. See `TsdConfig`."""
 
         init_reading: InitReading = "svd"
+        keep_prelaunch: bool = True
 
 else:
     _types = get_type_hints(DirectionSettings)
@@ -91,6 +96,7 @@ else:
         __base__=_Directions,
         **{one.name: (_types[one.name], one.default) for one in fields(DirectionSettings)},
         init_reading=(InitReading, TsdConfig.init_reading),
+        keep_prelaunch=(bool, True),
     )
 
 

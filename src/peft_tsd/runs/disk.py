@@ -46,9 +46,10 @@ def check_disk(recipe: RunRecipe, folder: RunFolder, trained: int, steps: int) -
     Raises:
         InputError: With what is needed and what is free.
     """
-    # A saved adapter and its plain export have, at most, A and B, their starting values, and the directions.
+    # A saved adapter and its plain export have, at most, A and B, what they had learned before a restart, and the
+    # directions with a start along them.
     r, slots = recipe.adapter.r, recipe.directions.settings.direction_slots
-    adapter = 4 * trained * ((2 * r + slots) / r if recipe.uses_directions else 1)
+    adapter = 4 * trained * ((2 * r + max(r, slots)) / r if recipe.uses_directions else 1)
     # A new checkpoint is written before an old one goes, and holds Adam's two moments too.
     checkpoints = min(recipe.training.keep_checkpoints + 1, -(-steps // recipe.training.save_every))
     needed = int(checkpoints * (adapter + 8 * trained) + 2 * adapter)

@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 
 from ..errors import InputError, one_line
@@ -43,6 +44,9 @@ _PROGRESS: dict[str, type | tuple[type, ...]] = {
 
 # What may differ when a run is continued: it changes where results lie and how much memory is used, not the results.
 _MAY_DIFFER = {"output", "description", "evaluation.batch_size", "training.report_to"}
+
+# What a run of a method did that was begun before there was a key for it.
+_BEFORE = {method: {"directions.keep_prelaunch": False} for method in ("lora-init", "lora-tsd")}
 
 
 class RunFolder:
@@ -86,6 +90,9 @@ class RunFolder:
                 f"resume=true, and output={str(self.path)!r} holds no run to continue; remove resume=true to begin one"
             )
         begun = _flat(load_as(type(recipe), str(self.recipe)).model_dump())
+        said = _flat(yaml.safe_load(self.recipe.read_text(encoding="utf-8")))
+        before = _BEFORE.get(str(begun.get("method")), {})
+        begun |= {key: value for key, value in before.items() if key not in said}
         now = _flat(recipe.model_dump())
         # The labels of a classifier may come from its data, and are in the recipe that was kept.
         unsaid = {"task.labels"} if now.get("task.labels") is None else set()

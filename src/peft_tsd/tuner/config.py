@@ -46,7 +46,7 @@ class TsdConfig(DirectionSettings, LoraConfig):
     the gradient of the frozen weights). Then
 
     - `"lora-dash"` also learns the change along them: `W + s·B·A + Σ_j Δσ_j u_j v_jᵀ`;
-    - `"lora-init"` restarts LoRA's A and B from them;
+    - `"lora-init"` restarts LoRA's A and B from them, beside what they have learned (`keep_prelaunch`);
     - `"lora-tsd"` does both.
 
     Everything else is `peft.LoraConfig`'s and means what it means there: `r`, `lora_alpha`, `target_modules`,
@@ -89,6 +89,11 @@ class TsdConfig(DirectionSettings, LoraConfig):
         max_directions (`int`, *optional*):
             With `direction_budget="global"`, the most directions a layer can get; 4 × `num_directions` by default.
             Every layer holds that many scalars from the start, and those it does not get stay zero.
+        keep_prelaunch (`bool`, defaults to `True`):
+            Whether what pre-launch learned stays where `"lora-init"` and `"lora-tsd"` start A and B anew, as a fixed
+            part of the layer, `W + s·B₁·A₁ + ...`: then the loss does not change at the transition, and the rank of an
+            export is r higher. False: as in the paper, the layer starts again at W. Configurations saved before there
+            was a choice are read so.
         init_reading (`str`, defaults to `"svd"`):
             How LoRA-Init starts from directions U, σ, V. `"svd"`: `B₀ = U Σ^½/√s`, `A₀ = Σ^½ Vᵀ/√s`, the layer
             computing `W + s(B·A − B₀·A₀)`. `"orthonormal"`: `A₀ = Vᵀ`, `B₀ = 0`. `"lora-dash"` does not use it, and
@@ -124,17 +129,25 @@ class TsdConfig(DirectionSettings, LoraConfig):
     """
 
     method: Method = field(default="lora-tsd", metadata={"help": "lora-dash, lora-init or lora-tsd."})
+    keep_prelaunch: bool | None = field(
+        default=None, metadata={"help": "Whether what pre-launch learned stays where A and B start anew."}
+    )
     init_reading: InitReading = field(
         default="svd", metadata={"help": "How LoRA-Init starts from the directions: svd or orthonormal."}
     )
 
     def __post_init__(self, how_to_load: str | None) -> None:
+        if self.keep_prelaunch is None:
+            # What is read from a file has its type; one of before there was a choice dropped what was learned.
+            self.keep_prelaunch = getattr(self, "peft_type", None) is None
         super().__post_init__()
         self.peft_type = TsdType.TSD
         # Not a field: whether this is the configuration of weights that exist.
         self.init_is_saved = False
         check_setting("method", self.method, get_args(Method))
         check_setting("init_reading", self.init_reading, get_args(InitReading))
+        if not isinstance(self.keep_prelaunch, bool):
+            raise ValueError(f"keep_prelaunch must be True or False; got {self.keep_prelaunch!r}.")
         self.check_directions()
         for name, reason in REFUSED_FIELDS.items():
             if getattr(self, name):
@@ -162,6 +175,11 @@ class TsdConfig(DirectionSettings, LoraConfig):
     def starts_from_directions(self) -> bool:
         """Whether A and B restart from the directions: LoRA-Init and LoRA-TSD."""
         return self.method != "lora-dash"
+
+    @property
+    def keeps_prelaunch(self) -> bool:
+        """Whether A and B leave what they learned behind them when they start anew, as a fixed part of the layer."""
+        return bool(self.keep_prelaunch) and self.starts_from_directions and self.prelaunch_steps != 0
 
     @property
     def subtracts_start(self) -> bool:

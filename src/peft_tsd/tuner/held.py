@@ -111,11 +111,14 @@ class FixedDirections(nn.Module):
         to_unit, taken: As `Joined`; None elsewhere.
         a0, b0: Starting factors, shapes (r, in) and (out, r); None but for the `"svd"` reading of LoRA-Init and for
             LoRA-Dash from PiSSA and its like.
+        kept_a, kept_b: What A and B were at the end of the pre-launch, shapes (r, in) and (out, r), zero before; None
+            where they go on, or what they learned is dropped.
         candidates: The directions that the last check of an automatic pre-launch found, highest rate first; int64,
             -1 before; None in a pre-launch of fixed length.
         agreement: What each of its checks found, over all layers, in the order of `TsdConfig.check_steps`; -1 before.
 
     Args:
+        num_kept: r, where what pre-launch learned is kept; 0 elsewhere.
         num_joined: Of LoRA-TSD's start that lies along the directions: r; 0 where there is none.
         starts_apart: a0 and b0 are there from the start, and may differ between processes until DDP has sent around
             those of rank 0, as it does with A and B.
@@ -133,6 +136,8 @@ class FixedDirections(nn.Module):
     taken: Tensor | None
     a0: Tensor | None
     b0: Tensor | None
+    kept_a: Tensor | None
+    kept_b: Tensor | None
     candidates: Tensor | None
     agreement: Tensor | None
 
@@ -145,6 +150,7 @@ class FixedDirections(nn.Module):
         num_start: int,
         *,
         num_joined: int = 0,
+        num_kept: int = 0,
         has_unit: bool,
         num_checks: int,
         starts_apart: bool = False,
@@ -174,6 +180,8 @@ class FixedDirections(nn.Module):
         hold("taken", columns * bool(num_joined))
         hold("a0", num_start, in_size)
         hold("b0", out_size, num_start)
+        hold("kept_a", num_kept, in_size)
+        hold("kept_b", out_size, num_kept)
         hold("candidates", num_chosen * bool(num_checks), dtype=torch.int64, fill=-1)
         hold("agreement", num_checks, fill=-1)
 

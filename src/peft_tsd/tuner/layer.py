@@ -76,6 +76,7 @@ class TsdLayer(DirectedLayer, LoraLayer):
             num_dash=num_dash,
             num_start=r if config.subtracts_init or (config.subtracts_start and not config.joins_start) else 0,
             num_joined=r if config.joins_start else 0,
+            num_kept=r if config.keeps_prelaunch else 0,
             has_unit=config.dash_unit != "one",
             num_checks=len(config.check_steps),
             starts_apart=config.subtracts_init,
@@ -157,6 +158,8 @@ class TsdLayer(DirectedLayer, LoraLayer):
             v=read(fixed.v),
             a0=read(fixed.a0),
             b0=read(fixed.b0),
+            kept_a=read(fixed.kept_a),
+            kept_b=read(fixed.kept_b),
         )
 
     def _strength(self, adapter: str) -> float:
@@ -258,9 +261,12 @@ class TsdLayer(DirectedLayer, LoraLayer):
         return self.lora_A[adapter].weight, self.lora_B[adapter].weight, scalars
 
     def restarted(self, adapter: str) -> list[nn.Parameter]:
-        if not self.tsd_config[adapter].starts_from_directions:
+        config = self.tsd_config[adapter]
+        if not config.starts_from_directions:
             return []
-        return [*self.lora_A[adapter].parameters(), *self.lora_B[adapter].parameters()]
+        a, b = self.lora_A[adapter], self.lora_B[adapter]
+        # A bias has no direction, and goes on where what was learned is kept.
+        return [a.weight, b.weight] if config.keeps_prelaunch else [*a.parameters(), *b.parameters()]
 
     def _start(self, adapter: str, chosen: TaskSpecificDirections) -> tuple[Tensor | None, Tensor | None]:
         config = self.tsd_config[adapter]
@@ -298,9 +304,13 @@ class TsdLayer(DirectedLayer, LoraLayer):
             start_a, start_b = whole(a).flatten(1).clone(), torch.zeros_like(whole(b).flatten(1))
             # Where fewer than r directions changed, the other rows are A's own, and their B is zero.
             start_a[: len(found.start_a)], start_b[:, : len(found.start_a)] = found.start_a, found.start_b
+            fixed = self.fixed(adapter)
+            if fixed.kept_a is not None and fixed.kept_b is not None:
+                fixed.kept_a.copy_(whole(a).flatten(1))
+                fixed.kept_b.copy_(whole(b).flatten(1))
             assign(a, start_a.view(shape_of(a)))
             assign(b, start_b.view(shape_of(b)))
-            if self.lora_bias[adapter]:
+            if self.lora_bias[adapter] and fixed.kept_a is None:
                 assign(self.lora_B[adapter].bias, torch.zeros(()))
             self._fix_start(adapter)
         super().fill(adapter, found)

@@ -3,9 +3,11 @@
 With A (r, in), B (out, r) and scaling s of LoRA, directions U (out, n), V (in, n) and what each is multiplied by,
 c (n,), and the starting factors A₀ (r, in), B₀ (out, r) of LoRA-Init's `"svd"` reading (Si et al., arXiv 2409.01035):
 
-    ΔW = s·B·A + U·diag(c)·Vᵀ − s·B₀·A₀ = B'·A',    A' = [s·A; diag(c)·Vᵀ; −s·A₀],    B' = [B, U, B₀]
+    ΔW = s·B·A + U·diag(c)·Vᵀ − s·B₀·A₀ + s·B₁·A₁ = B'·A'
+    A' = [s·A; diag(c)·Vᵀ; −s·A₀; s·A₁],    B' = [B, U, B₀, B₁]
 
-c is Δσ; in LoRA-TSD, whose start lies along its directions, Δσ less that start (`peft_tsd.tuner.held`).
+A₁ (r, in) and B₁ (out, r) are what pre-launch learned, where it is kept. c is Δσ; in LoRA-TSD, whose start lies along
+its directions, Δσ less that start (`peft_tsd.tuner.held`).
 """
 
 from __future__ import annotations
@@ -38,6 +40,10 @@ class Factors(NamedTuple):
     """A₀, shape (r, in)."""
     b0: Tensor | None = None
     """B₀, shape (out, r)."""
+    kept_a: Tensor | None = None
+    """A₁, shape (r, in)."""
+    kept_b: Tensor | None = None
+    """B₁, shape (out, r)."""
 
     def down(self) -> Tensor:
         """A', shape (rank, in)."""
@@ -46,12 +52,14 @@ class Factors(NamedTuple):
             parts.append((self.c[:, None] * self.v).to(self.a.dtype))
         if self.a0 is not None:
             parts.append(-self.scaling * self.a0)
+        if self.kept_a is not None:
+            parts.append(self.scaling * self.kept_a)
         return torch.cat(parts)
 
     def up(self) -> Tensor:
         """B', shape (out, rank)."""
         # Column by column in memory: with so few columns, products are up to twice as fast that way.
-        return torch.cat([part.mT for part in (self.b, self.u, self.b0) if part is not None]).mT
+        return torch.cat([part.mT for part in (self.b, self.u, self.b0, self.kept_b) if part is not None]).mT
 
 
 def autocasts(device: str) -> bool:
@@ -159,7 +167,7 @@ class _AddProduct(torch.autograd.Function):
                 grad_x = along @ down if weight is None else (g @ weight).addmm_(along, down)
                 grad_x = grad_x.view_as(x)
         grad_result = gradient if weight is None else None
-        return grad_result, grad_x, None, None, grad_a, grad_b, None, grad_c, None, None, None, None
+        return grad_result, grad_x, None, None, grad_a, grad_b, None, grad_c, *(None,) * 6
 
 
 def _rows(tensor: Tensor) -> Tensor:
