@@ -76,7 +76,10 @@ def test_defaults_are_spelled_out_and_read_back():
         ({"training": {}}, ["exactly one of steps and epochs", "steps=None"]),
         ({"training": {"steps": 9, "epochs": 1}}, ["exactly one of steps and epochs", "epochs=1"]),
         ({"training": {"steps": 200, "keep_checkpoints": 1}}, ["training.keep_checkpoints=1"]),
-        ({"training": {"steps": 100}}, ["100 steps", "directions.prelaunch_steps=100", "fewer prelaunch_steps"]),
+        (
+            {"training": {"steps": 100}, "directions": {"prelaunch_steps": 100}},
+            ["100 steps", "directions.prelaunch_steps=100", "fewer prelaunch_steps"],
+        ),
         (
             {"directions": {"prelaunch_steps": "auto"}},
             ["200 steps", "directions.prelaunch_max=200", "fewer prelaunch_max"],

@@ -11,7 +11,7 @@ from peft_tsd import TsdConfig
 
 def test_defaults_are_the_papers():
     config = TsdConfig()
-    assert (config.method, config.prelaunch_steps, config.num_directions) == ("lora-tsd", 100, 8)
+    assert (config.method, config.longest_prelaunch, config.num_directions) == ("lora-tsd", 100, 8)
     assert (config.direction_budget, config.direction_slots, config.check_steps) == ("layer", 8, ())
     assert (config.init_reading, config.dash_lr_ratio, config.eps) == ("svd", 1.0, 1e-6)
     assert isinstance(config, LoraConfig)

@@ -32,8 +32,8 @@ class DashConfig(DirectionSettings, PeftConfig):
         peft (`PeftConfig`):
             Configuration of the method: `LoHaConfig(...)`, `OFTConfig(...)`, `LoraConfig(use_dora=True, ...)`. It
             names the target_modules. docs/methods.md lists what works.
-        prelaunch_steps (`int` or `"auto"`, defaults to 100):
-            Optimizer steps of the method alone before the directions are identified; t in the paper.
+        prelaunch_steps (`int` or `"auto"`, *optional*):
+            Optimizer steps of the method alone before the directions are identified; t in the paper. See `TsdConfig`.
         prelaunch_min (`int`, defaults to 25):
             The fewest steps of an automatic pre-launch.
         prelaunch_max (`int`, defaults to 200):
@@ -90,6 +90,8 @@ class DashConfig(DirectionSettings, PeftConfig):
         super().__post_init__()
         self.peft_type = DashType[self.peft.peft_type.name]
         self.check_directions()
+        if self.direction_source == "gradient":
+            self.settle_prelaunch()
 
     @property
     def method(self) -> str:

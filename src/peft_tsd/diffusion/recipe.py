@@ -165,6 +165,11 @@ class DreamBooth(RunRecipe):
 
     @model_validator(mode="after")
     def _steps_reach_the_transition(self) -> DreamBooth:
+        if self.uses_directions and self.directions.direction_source == "gradient":
+            raise ValueError(
+                "directions.direction_source='gradient' takes gradients of batches, which runs of this kind do not; "
+                "use 'weight'"
+            )
         if self.uses_directions and self.directions.prelaunch_steps == 0:
             raise ValueError(
                 "directions.prelaunch_steps=0 finds directions from gradients, which runs of this kind do not; give 1 "

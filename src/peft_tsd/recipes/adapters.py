@@ -16,6 +16,7 @@ from transformers.trainer_callback import TrainerCallback
 from ..dash.config import DashConfig
 from ..errors import RecipeError
 from ..tuner.config import Method, TsdConfig
+from ..tuner.settings import DirectionSettings
 from .methods import METHODS
 from .shared import OF_A_RESTART, RunRecipe
 
@@ -43,9 +44,12 @@ def adapter_config(recipe: RunRecipe, task_type: str | None, steps: int) -> Peft
     """
     fields = {"task_type": task_type, **recipe.adapter.model_dump()}
     try:
-        return _config(recipe, fields, steps)
+        config = _config(recipe, fields, steps)
     except (ValueError, TypeError) as error:
         raise RecipeError(f"adapter: {' '.join(str(error).split())}") from None
+    if isinstance(config, DirectionSettings):
+        config.settle_prelaunch(steps)
+    return config
 
 
 def _config(recipe: RunRecipe, fields: dict[str, Any], steps: int) -> PeftConfig | None:

@@ -64,7 +64,7 @@ class _Directions(Section):
     @classmethod
     def _steps_or_auto(cls, steps: Any) -> Any:
         # One message where pydantic would give one for each type.
-        if steps == "auto" or (isinstance(steps, int) and not isinstance(steps, bool) and steps >= 0):
+        if steps in (None, "auto") or (isinstance(steps, int) and not isinstance(steps, bool) and steps >= 0):
             return steps
         raise ValueError(f"directions.prelaunch_steps={steps!r}: expected a number of steps, 0 or more, or 'auto'")
 
@@ -173,7 +173,9 @@ class RunRecipe(Section):
         if not self.uses_directions:
             return
         key = "prelaunch_max" if self.directions.prelaunch_steps == "auto" else "prelaunch_steps"
-        longest = self.directions.settings.longest_prelaunch
+        settings = self.directions.settings
+        settings.settle_prelaunch(steps)
+        longest = settings.longest_prelaunch
         if steps <= longest:
             raise RecipeError(
                 f"training is {steps} steps long, and directions.{key}={longest} of them are {self.method}'s "

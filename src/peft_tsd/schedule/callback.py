@@ -36,6 +36,8 @@ class TsdCallback(TrainerCallback):
     An adapter without a pre-launch (`prelaunch_steps=0`) gets its directions before the first step, from the gradients
     of a few batches (`identify_from_gradients`); one with directions of the gradient, after its pre-launch.
 
+    Where nothing was said of the length of the pre-launch, it is a fifth of the run, 100 steps at most.
+
     The best model so far (`load_best_model_at_end`, early stopping) is forgotten at a transition, which is logged with
     the loss before and after it: a checkpoint from before is the plain LoRA of the pre-launch.
 
@@ -106,6 +108,7 @@ class TsdCallback(TrainerCallback):
     ) -> None:
         remaining = state.max_steps - state.global_step
         for config, layers, adapter in _trained(model):
+            config.settle_prelaunch(state.max_steps)
             check_unmerged(layers, adapter)
             check_one_phase(layers, adapter)
             if optimizer is not None:
@@ -126,7 +129,7 @@ class TsdCallback(TrainerCallback):
                 self._identify_if_due(model, optimizer, layers, adapter, state)
             if config.prelaunch_steps == 0:
                 continue
-            shortest = config.prelaunch_min if config.prelaunch_steps == "auto" else config.prelaunch_steps
+            shortest = config.prelaunch_min if config.prelaunch_steps == "auto" else config.longest_prelaunch
             missing = shortest - steps_taken(layers, adapter)
             if remaining < missing:
                 event = f"needs {missing} more optimizer steps, will train for only {remaining}, and so end"

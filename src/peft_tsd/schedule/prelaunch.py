@@ -54,7 +54,7 @@ def prelaunch_is_over(layers: Mapping[str, DirectedLayer], adapter: str) -> bool
     """
     config, step = config_of(layers, adapter), steps_taken(layers, adapter)
     if config.prelaunch_steps != "auto":
-        return step >= config.prelaunch_steps
+        return step >= config.longest_prelaunch
     agreement = _check(layers, adapter, config, step) if step in config.check_steps else 0.0
     settled = step >= config.prelaunch_min and agreement >= config.settled_agreement
     return settled or step >= config.prelaunch_max

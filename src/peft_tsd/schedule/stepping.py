@@ -85,6 +85,7 @@ def advance(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], adapte
         waiting = phase_of(layers, adapter) == "pre-launch"
         config = config_of(layers, adapter)
         note_counted(config)
+        config.settle_prelaunch()
         if waiting and config.needs_gradients and steps_taken(layers, adapter) >= config.longest_prelaunch:
             where = "before the first step" if config.prelaunch_steps == 0 else "before the step after those"
             raise ValueError(

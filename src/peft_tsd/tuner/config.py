@@ -57,10 +57,12 @@ class TsdConfig(DirectionSettings, LoraConfig):
     Args:
         method (`str`, defaults to `"lora-tsd"`):
             One of `"lora-dash"`, `"lora-init"`, `"lora-tsd"`.
-        prelaunch_steps (`int` or `"auto"`, defaults to 100):
+        prelaunch_steps (`int` or `"auto"`, *optional*):
             Optimizer steps of plain LoRA before the directions are identified; t in the paper. `"auto"`: until the
             directions that would be identified have settled. 0: none, the directions are identified from the gradient
-            of the frozen weights (`identify_from_gradients`; `TsdCallback` does it by itself).
+            of the frozen weights (`identify_from_gradients`; `TsdCallback` does it by itself). By default 100, as in
+            the paper, but not more than a fifth of a run whose length is known, as a Trainer's is; and 0 for
+            directions of the gradient. The number is filled in when training begins.
         prelaunch_min (`int`, defaults to 25):
             The fewest steps of an automatic pre-launch.
         prelaunch_max (`int`, defaults to 200):
@@ -149,6 +151,8 @@ class TsdConfig(DirectionSettings, LoraConfig):
         if not isinstance(self.keep_prelaunch, bool):
             raise ValueError(f"keep_prelaunch must be True or False; got {self.keep_prelaunch!r}.")
         self.check_directions()
+        if self.direction_source == "gradient":
+            self.settle_prelaunch()
         for name, reason in REFUSED_FIELDS.items():
             if getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} cannot be combined with {self.method}: {reason}.")

@@ -62,7 +62,7 @@ def any_layer(layers: Mapping[str, DirectedLayer]) -> DirectedLayer:
 
 def prelaunch_length(config: DirectionSettings) -> str:
     """How many steps the pre-launch takes, for messages."""
-    return f"{'at most ' * (config.prelaunch_steps == 'auto')}{config.longest_prelaunch}"
+    return f"{'at most ' * (config.prelaunch_steps in (None, 'auto'))}{config.longest_prelaunch}"
 
 
 class PrelaunchWarning(UserWarning):

@@ -24,6 +24,11 @@ DirectionBudget = Literal["layer", "global"]
 
 DirectionSource = Literal["weight", "gradient"]
 
+USUAL_PRELAUNCH = 100
+"""Steps of a pre-launch of which nothing was said, the paper's; but not more than a `PRELAUNCH_PART` of the run."""
+
+PRELAUNCH_PART = 5
+
 CHECK_GROWTH = 1.25
 """How much longer an automatic pre-launch has become from one check to the next. Not a number of steps: sets that
 drift ever more slowly, as LoRA's do, pass for settled sooner or later wherever they are compared at a fixed distance.
@@ -37,8 +42,8 @@ class DirectionSettings:
     `TsdConfig` says what each means.
     """
 
-    prelaunch_steps: int | Literal["auto"] = field(
-        default=100,
+    prelaunch_steps: int | Literal["auto"] | None = field(
+        default=None,
         metadata={"help": "Optimizer steps before the directions are identified; auto; 0: from gradients."},
     )
     prelaunch_min: int = field(default=25, metadata={"help": "The fewest steps of an automatic pre-launch."})
@@ -138,6 +143,21 @@ class DirectionSettings:
         if self.direction_source == "gradient":
             self._check_fits_gradient()
 
+    def settle_prelaunch(self, run_steps: int | None = None) -> None:
+        """Say how long the pre-launch is, where nothing was said: once, when training begins.
+
+        Args:
+            run_steps: Optimizer steps of the whole run, where they are known.
+        """
+        if self.prelaunch_steps is not None:
+            return
+        if self.direction_source == "gradient":
+            self.prelaunch_steps = 0
+        elif run_steps is None:
+            self.prelaunch_steps = USUAL_PRELAUNCH
+        else:
+            self.prelaunch_steps = max(1, min(USUAL_PRELAUNCH, run_steps // PRELAUNCH_PART))
+
     def _check_fits_gradient(self) -> None:
         """Refuse what goes by the spectrum of the frozen weight, which is not looked at."""
         for name, possible, why in (
@@ -202,6 +222,8 @@ class DirectionSettings:
     @property
     def longest_prelaunch(self) -> int:
         """The most optimizer steps that can pass before the directions are identified."""
+        if self.prelaunch_steps is None:
+            return USUAL_PRELAUNCH
         return self.prelaunch_max if self.prelaunch_steps == "auto" else self.prelaunch_steps
 
     @property
@@ -224,11 +246,11 @@ def check_setting(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 def _check_prelaunch_steps(value: Any) -> None:
-    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+    if value in (None, "auto") or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
         return
     raise ValueError(
-        "prelaunch_steps must be the number of optimizer steps of plain LoRA, 0 for directions from gradients, or "
-        f"'auto'; got {value!r}."
+        "prelaunch_steps must be the number of optimizer steps of plain LoRA, None for a fifth of the run, 0 for "
+        f"directions from gradients, or 'auto'; got {value!r}."
     )
 
 
