@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -24,6 +25,7 @@ needs_deepspeed = pytest.mark.skipif(
     reason="DeepSpeed is not installed (DS_BUILD_OPS=0 pip install deepspeed)",
 )
 GRADIENTS = {"prelaunch_steps": 0, "dash_unit": "sigma", "direction_budget": "global"}
+SKETCHED = {"prelaunch_steps": 0, "direction_source": "gradient"}
 AUTO = {"prelaunch_steps": "auto", "prelaunch_min": 2, "prelaunch_max": 5, "settled_agreement": 0.99}
 
 
@@ -77,6 +79,7 @@ def test_two_processes(tmp_path):
         ("ddp", "lora-dash", {"init_lora_weights": "pissa"}),
         ("fsdp2", "lora-dash", GRADIENTS),
         ("fsdp2", "lora-tsd", AUTO),
+        ("fsdp2", "lora-tsd", SKETCHED),
     ]
     specs = []
     for number, (engine, method, changes) in enumerate(cases):
@@ -84,7 +87,10 @@ def test_two_processes(tmp_path):
         specs.append(spec_of(tmp_path, "torch", engine, method, changes=changes, result=result))
     for (engine, method, changes), result in zip(cases, train(2, *specs), strict=True):
         assert result["kind"] == ("DTensor" if engine == "fsdp2" else "Tensor")
-        assert_same(result, alone(method, **changes))
+        expected = alone(method, **changes)
+        assert_same(result, expected)
+        if changes is SKETCHED:  # whose indices and rates say nothing of where they point
+            assert_same_spaces(result, expected)
 
 
 def test_two_forward_passes_before_a_backward_pass(tmp_path):
@@ -93,6 +99,46 @@ def test_two_forward_passes_before_a_backward_pass(tmp_path):
     for result, method in zip(train(2, *specs), ("lora-tsd", "loha"), strict=True):
         assert not [name for name in result["sent"] if "directions" in name]
         assert_same(result, alone(method))
+
+
+def assert_same_spaces(result: dict, other: dict) -> None:
+    """The leading directions of every layer span the same spaces, on both sides of the weight."""
+    for name, spaces in result["spaces"].items():
+        for mine, theirs in zip(spaces, other["spaces"][name], strict=True):
+            mine, theirs = torch.tensor(mine).double(), torch.tensor(theirs).double()
+            outside = mine - theirs @ (theirs.mT @ mine)
+            assert float(torch.linalg.matrix_norm(outside, 2)) < 1e-3, name
+
+
+@pytest.mark.long
+def test_directions_of_the_gradient_are_those_of_one_process(tmp_path):
+    """By sketches, over the same rows: whole in each process, sharded, and sharded with weights of four bits."""
+    cases = [("ddp", {}), ("fsdp2", {}), ("fsdp2", {})]
+    if importlib.util.find_spec("bitsandbytes"):
+        cases.append(("fsdp2", {"four_bits": True}))
+    specs = [
+        spec_of(tmp_path, "torch", engine, changes=SKETCHED, result=str(tmp_path / f"{number}.json"), steps=4, **more)
+        for number, (engine, more) in enumerate(cases)
+    ]
+    results = train(2, *specs)
+    for (engine, more), result in zip(cases, results, strict=True):
+        assert result["kind"] == ("DTensor" if engine == "fsdp2" else "Tensor")
+        spec = {"loop": "torch", "engine": "none", "method": "lora-tsd", "steps": 4, "changes": SKETCHED, **more}
+        expected = in_processes.trained(spec)
+        assert_same(result, expected)
+        assert_same_spaces(result, expected)
+    first, again = results[1:3]
+    assert first["digests"] == again["digests"], "the same processes find other directions a second time"
+
+
+@pytest.mark.long
+def test_what_sharded_layers_learned_before_directions_of_the_gradient_is_kept(tmp_path):
+    changes = {"prelaunch_steps": 2, "direction_source": "gradient"}
+    (result,) = train(2, spec_of(tmp_path, "trainer", "fsdp2", changes=changes))
+    (expected,) = train(1, spec_of(tmp_path, "trainer", "ddp", changes=changes))
+    assert result["identified_at"] == 2
+    assert_same(result, expected)
+    assert_same_spaces(result, expected)
 
 
 @pytest.mark.long

@@ -184,6 +184,20 @@ def in_own_loop(spec, model) -> list[float]:
     return losses
 
 
+def four_bits(model):
+    """`model`, its adapted layers quantized by bitsandbytes; on a CPU as on an accelerator."""
+    import bitsandbytes as bnb
+
+    for name, layer in list(model.named_modules()):
+        if name.rpartition(".")[2] in tiny.LLAMA_TARGETS:
+            packed = bnb.nn.Linear4bit(
+                layer.in_features, layer.out_features, bias=False, quant_type="nf4", compute_dtype=torch.float32
+            )
+            packed.load_state_dict(layer.state_dict())
+            model.set_submodule(name, packed.to("cpu"))
+    return model
+
+
 def world_size() -> int:
     return int(os.environ["WORLD_SIZE"])
 
@@ -191,7 +205,7 @@ def world_size() -> int:
 def trained(spec) -> dict:
     """What a run ends with, but for the digests of the other processes."""
     config = tiny.config(spec["method"], **spec["changes"]) if spec["method"] != "loha" else LOHA
-    model = get_peft_model(tiny.llama(), config)
+    model = get_peft_model(four_bits(tiny.llama()) if spec.get("four_bits") else tiny.llama(), config)
     if spec.get("apart") == int(os.environ.get("RANK", 0)):  # loaded in another process alone
         next(module for module in model.modules() if isinstance(module, FixedDirections)).step += 1
     losses = (in_trainer if spec["loop"] in ("trainer", "trl") else in_own_loop)(spec, model)
@@ -206,6 +220,8 @@ def trained(spec) -> dict:
         "losses": losses,
         "identified_at": found.prelaunch_steps,
         "found": directions.of(model),
+        # Of each layer, U and V of the first two: their order and signs are free, the spaces that they span are not.
+        "spaces": {name: [one.u[:, :2].tolist(), one.v[:, :2].tolist()] for name, one in found.items()},
         "digests": [digest.hexdigest()],
         "kind": "split" if hasattr(first, "ds_tensor") else type(first.data).__name__,
         "held": [type(buffer).__name__ for buffer in fixed.buffers()],
