@@ -184,3 +184,25 @@ def test_wrong_options_are_one_line(place, capsys, arguments, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_grid_of_rates_is_shown_by_task_and_chosen_by_validation_rows(place):
+    recipe = text_models.write_recipe(
+        place,
+        data={"validation_size": 5},
+        training={"steps": 6},
+        directions={"prelaunch_steps": 2},
+        evaluation={"every": 3, "during": "loss"},
+    )
+    table = {"lora": {"method": "lora"}, "ours": {"method": "lora-init"}}
+    with recipe.open("a") as file:
+        file.write(json.dumps({"choices": {"variant": {"default": "lora", "table": table}}})[1:-1] + "\n")
+    plan = make_plan(str(recipe), variants=["lora", "ours"], seeds=[0], rates=[1e-4, 0.03])
+    result = compare(plan, place / "out")
+    assert len(result.rows) == 4
+    chosen = {name: [row for row in result.rows if row["variant"] == name] for name in ("lora", "ours")}
+    best = [min(own, key=lambda row: row["validation_loss"])["learning_rate"] for own in chosen.values()]
+    grids = json.loads((place / "out" / "results.json").read_text())["grid"]
+    assert [grid["best_rate"] for grid in grids] == best
+    assert "| held-out loss |" in result.document
+    assert "Final held-out loss by learning rate" in (place / "out" / "report.html").read_text()

@@ -20,6 +20,7 @@ from ..errors import InputError
 from ..files.whole import write_text
 from ..language.preparing import check
 from ..runs.folder import RunFolder, locked
+from .grid import grids
 from .plan import Cell, Plan
 from .report import check_installed, render
 from .results import Summary, failed_row, row_of, summarize
@@ -143,6 +144,7 @@ def _write(
         "runs": rows,
         "tuned": tuned,
         "summary": [summary._asdict() for summary in summaries],
+        "grid": [grid._asdict() for grid in grids(rows)],
     }
     write_text(out / "results.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     write_text(out / "results.md", text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.resources import files
 from statistics import fmean
 from string import Template
@@ -11,9 +11,10 @@ from typing import Any
 
 from ..errors import InputError
 from ..pages.shell import assemble
-from .plan import METHODS, MORE_METHODS, Group, Plan
-from .results import Interval, Summary, by_group
-from .tables import cells, differences, held_out, legend
+from .grid import Grid, by_task, grids
+from .plan import LEARNING_RATE, METHODS, MORE_METHODS, Group, Plan
+from .results import Interval, Summary, by_group, group_of
+from .tables import cells, differences, grid_tables, held_out, legend
 
 SIGNIFICANT = 0.05
 
@@ -61,11 +62,13 @@ def render(
 
     page = files("peft_tsd.compare") / "page"
     title = f"{plan.recipe}: {len(summaries)} settings compared"
-    by_task = differences(summaries)
+    shown = [cells(summaries), held_out(summaries), differences(summaries)]
+    for own in by_task(grids(rows)).values():
+        shown += grid_tables(own)
     body = Template((page / "page.html").read_text("utf-8")).substitute(
         title=html.escape(title),
         finding=html.escape(finding(summaries)),
-        table="".join(_table(*one) for one in (cells(summaries), held_out(summaries), by_task) if one),
+        table="".join(_table(*one) for one in shown if one),
         legend=html.escape(legend(plan, rows, tuned)),
         command=html.escape(command),
     )
@@ -119,10 +122,23 @@ def _charts(
     trained = [s for s in summaries if s.trainable_parameters]
     if len(plan.ranks) > 1:
         charts.append(_chart("Score by rank", "rank r", "score, points", _by_rank(trained, plan), type="category"))
+    for task, own_grids in by_task(grids(rows)).items():
+        charts.append(
+            {
+                "caption": "Final held-out loss by learning rate" + (f": {task}" if task else ""),
+                "data": [_over_rates(grid, plan) for grid in own_grids],
+                "layout": {
+                    "xaxis": {"title": {"text": "learning rate"}, "type": "log"},
+                    "yaxis": {"title": {"text": "loss, mean over seeds"}},
+                },
+            }
+        )
+    best = {(grid.task, grid.group, grid.best_rate) for grid in grids(rows)}
     for key in sorted({key for s in trained for key, _ in s.group.variation}):
         lines = _by_value(trained, key, plan)
         charts.append(_chart(f"Score by {key}", key, "score, points", lines, type="category"))
-    done = [row for row in rows if row["status"] == "finished" and row["loss"]]
+    # Of a grid of rates, the best of each group alone.
+    done = [row for row in rows if row["status"] == "finished" and row["loss"] and _is_shown(row, best)]
     for task in dict.fromkeys(row["task"] for row in done):
         own = [row for row in done if row["task"] == task]
         name = f"Training loss: {task}" if task else "Training loss"
@@ -144,6 +160,25 @@ def _charts(
 def _chart(caption: str, x: str, y: str, traces: list[dict[str, Any]], **x_axis: Any) -> dict[str, Any]:
     layout = {"xaxis": {"title": {"text": x}, **x_axis}, "yaxis": {"title": {"text": y}}}
     return {"caption": caption, "data": traces, "layout": layout}
+
+
+def _is_shown(row: Mapping[str, Any], best: Collection[tuple[Any, ...]]) -> bool:
+    group = group_of(row)
+    return group.rate is None or (row["task"], group.without(LEARNING_RATE), group.rate) in best
+
+
+def _over_rates(grid: Grid, plan: Plan) -> dict[str, Any]:
+    at = [one for one in grid.rates if one.loss]
+    losses = [one.loss for one in at if one.loss]
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": grid.group.label,
+        "x": [one.rate for one in at],
+        "y": [loss.mean for loss in losses],
+        "error_y": {"type": "data", "array": [loss.half or 0 for loss in losses], "thickness": 1},
+        "line": {"color": _colour(grid.group, plan), "dash": _line(grid.group.rank, plan)},
+    }
 
 
 def _by_rank(summaries: Sequence[Summary], plan: Plan) -> list[dict[str, Any]]:

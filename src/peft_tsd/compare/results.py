@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from .held_out import steps_to_others
 from .plan import LEARNING_RATE, Cell, Group
+
+Key = TypeVar("Key")
 
 CONFIDENCE = 0.95
 
@@ -93,6 +95,7 @@ def row_of(cell: Cell, metrics: Mapping[str, Any], recipe: Mapping[str, Any]) ->
         "seconds_per_step": metrics["seconds_per_step"],
         "peak_memory_bytes": metrics["peak_memory_bytes"],
         "seconds": metrics["seconds"],
+        "start_seconds": metrics.get("start_seconds"),
         "phase_change": metrics["phase_change"],
         "loss": _curve(metrics["loss"]),
         "data": metrics["data"],
@@ -163,17 +166,17 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[Summary]:
     for group, own in averages.items():
         lora = lora_beside(group, [other for other in averages if averages[other]])
         if group.name != "lora" and lora and own.keys() & averages[lora].keys():
-            tests[group] = _paired(own, averages[lora])
+            tests[group] = paired(own, averages[lora])
             loras[group] = lora
             if losses[group].keys() & losses[lora].keys():
-                loss_tests[group] = _paired(losses[group], losses[lora])
+                loss_tests[group] = paired(losses[group], losses[lora])
             differences[group] = {
                 name: _difference(scores, columns[lora][name])
                 for name, scores in columns[group].items()
                 if scores.keys() & columns[lora].get(name, {}).keys()
             }
-    adjusted = _adjusted({group: p for group, (_, p) in tests.items() if p is not None})
-    adjusted_losses = _adjusted({group: p for group, (_, p) in loss_tests.items() if p is not None})
+    adjusted_scores = adjusted({group: p for group, (_, p) in tests.items() if p is not None})
+    adjusted_losses = adjusted({group: p for group, (_, p) in loss_tests.items() if p is not None})
 
     def held_out(group: Group) -> HeldOut | None:
         if not losses[group]:
@@ -199,7 +202,7 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[Summary]:
                 group=group,
                 scores={name: interval(list(scores.values())) for name, scores in columns[group].items()},
                 average=interval(list(averages[group].values())),
-                against_lora=Paired(*against, adjusted.get(group)) if against else None,
+                against_lora=Paired(*against, adjusted_scores.get(group)) if against else None,
                 differences=differences.get(group, {}),
                 held_out=held_out(group),
                 learning_rates=list(dict.fromkeys(row["learning_rate"] for row in done)),
@@ -246,7 +249,8 @@ def _difference(own: Mapping[int, float], lora: Mapping[int, float]) -> Interval
     return interval([own[seed] - lora[seed] for seed in sorted(own.keys() & lora.keys())])
 
 
-def _paired(own: Mapping[int, float], lora: Mapping[int, float]) -> tuple[Interval, float | None]:
+def paired(own: Mapping[int, float], lora: Mapping[int, float]) -> tuple[Interval, float | None]:
+    """The difference of two numbers by seed, and p of a paired t-test; None where it is not defined."""
     from scipy import stats
 
     seeds = sorted(own.keys() & lora.keys())
@@ -256,7 +260,8 @@ def _paired(own: Mapping[int, float], lora: Mapping[int, float]) -> tuple[Interv
     return difference, float(stats.ttest_rel([own[s] for s in seeds], [lora[s] for s in seeds]).pvalue)
 
 
-def _adjusted(p: Mapping[Group, float]) -> dict[Group, float]:
+def adjusted(p: Mapping[Key, float]) -> dict[Key, float]:
+    """p of several tests, adjusted for their number (Benjamini and Hochberg's false discovery rate)."""
     from scipy import stats
 
     return dict(zip(p, map(float, stats.false_discovery_control(list(p.values()))))) if p else {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .grid import Grid, by_task, grids, loss_table, steps_table
 from .plan import Plan
 from .results import HeldOut, Interval, Paired, Summary
 
@@ -20,6 +21,10 @@ def document(
     parts = [table(summaries), legend(plan, rows, tuned)]
     if lost := held_out(summaries):
         parts += [markdown(*lost), HELD_OUT_LEGEND]
+    for task, found_on in by_task(grids(rows)).items():
+        parts += [f"## {task}"] if task else []
+        parts += [markdown(*table) for table in grid_tables(found_on)]
+        parts.append(GRID_LEGEND)
     if found := differences(summaries):
         parts.append(markdown(*found))
     if failed := [row for row in rows if row["status"] == "failed"]:
@@ -64,6 +69,20 @@ def held_out(summaries: Sequence[Summary]) -> tuple[list[str], list[list[str]]] 
         ]
         for label, own in measured
     ]
+
+
+GRID_LEGEND = (
+    "Final held-out losses over the learning rate, one task by itself. “mean”: over the rates, of seeds that finished "
+    "at all. “best rate”: that with the lowest loss on validation rows (without such, of the rows scored); “tuned”: "
+    "the loss there. “− LoRA”: relative to LoRA’s, over the same seeds, in “tuned” LoRA’s at its own best rate; p as "
+    "above. “steps”: until LoRA’s final loss at the same rate and seed, 1 being as many as LoRA took."
+)
+
+
+def grid_tables(found: Sequence[Grid]) -> list[tuple[list[str], list[list[str]]]]:
+    """As `cells`: the losses of one task over the rate, and the steps to LoRA's where runs were evaluated."""
+    steps = steps_table(found)
+    return [loss_table(found, _loss, _p), *([steps] if steps else [])]
 
 
 def differences(summaries: Sequence[Summary]) -> tuple[list[str], list[list[str]]] | None:

@@ -143,7 +143,10 @@ def _continue(job: Job, facts: dict[str, Any], stop: Stop) -> Result:
                 write_origin(adapter, made_of)
 
         _record_scores(metrics["score"], job, job.scores(model, "scoring after training", stop.check), "after")
-        metrics["score"]["loss"] = job.held_out_loss(model)
+        # The last evaluation may have said it.
+        measured = {one["step"]: one.get("loss") for one in progress.get("evaluations", [])}
+        loss = measured.get(job.steps)
+        metrics["score"]["loss"] = job.held_out_loss(model) if loss is None else loss
         if job.validation:
             metrics["score"]["validation_loss"] = job.loss_of(model, job.validation)
         trainable, total = _count(model, job)

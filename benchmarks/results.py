@@ -1,0 +1,170 @@
+"""Every table and figure of docs/results.md, from the rows in benchmarks/results.
+
+    python benchmarks/results.py                          write the page's generated part and its figures
+    python benchmarks/results.py collect FOLDER NAME      add what `peft-tsd compare ... --out FOLDER` has come to
+
+A file of rows, benchmarks/results/NAME.json, has one row a run: its task, variant, rate and seed, its final loss on
+held-out and validation rows, its evaluations, metric, times, and on which setup it ran. Beside them what the runs have
+in common, what each variant is, and a title and a text, which are written by hand and kept. Rows of a run that was
+collected before are replaced; rows of other settings are refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from peft_tsd.recipes.methods import METHODS
+from results_figures import draw
+from results_tables import section
+
+ROOT = Path(__file__).parent.parent
+
+ROWS, PAGE, FIGURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md", ROOT / "docs" / "figures"
+
+BEGIN, END = "<!-- written by benchmarks/results.py -->", "<!-- end of what is written -->"
+
+KEPT = (
+    *("task", "method", "variant", "rank", "variation", "seed", "status", "error", "metric", "score", "held_out_loss"),
+    *("validation_loss", "evaluations", "steps", "trainable_parameters", "seconds_per_step", "start_seconds"),
+    *("transition_seconds", "seconds", "peak_memory_bytes", "learning_rate", "setup"),
+)
+"""The fields of a row, in this order."""
+
+Row = dict[str, Any]
+
+
+def collect(folder: Path, name: str) -> Path:
+    """Add the rows of a comparison's folder to those of a name.
+
+    Raises:
+        ValueError: They are of other settings than those that are there.
+    """
+    path = ROWS / f"{name}.json"
+    content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    kept = {"title": name, "about": "", "commands": [], "common": None, "variants": {}, "setups": [], "rows": []}
+    if path.is_file():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    rows = {_key(row): row for row in kept["rows"]}
+    for row in content["runs"]:
+        common, own = _settings(row["recipe"])
+        for known, now, what in (
+            (kept["common"], common, "all runs"),
+            (kept["variants"].get(_name(row)), own, _name(row)),
+        ):
+            if known is not None and known != now:
+                raise ValueError(f"{folder} and {path.name} have other settings of {what}: {now} and {known}")
+        kept["common"], kept["variants"][_name(row)] = common, own
+        rows[_key(row)] = _compact(row, kept["setups"])
+    if content["command"] and content["command"] not in kept["commands"]:
+        kept["commands"].append(content["command"])
+    order = list(kept["variants"])
+    kept["rows"] = sorted(
+        rows.values(),
+        key=lambda row: (
+            str(row["task"]),
+            order.index(_name(row)),
+            row["rank"] or 0,
+            str(row["variation"]),
+            row["seed"],
+        ),
+    )
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(_text(kept), encoding="utf-8")
+    return path
+
+
+def _name(row: Row) -> str:
+    return str(row.get("variant") or row["method"])
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    return row["task"], _name(row), row["rank"], tuple(sorted(row["variation"].items())), row["seed"]
+
+
+def _settings(recipe: Row) -> tuple[Row, Row]:
+    """What all runs have in common but the task, and what a variant is."""
+    method = METHODS[recipe["method"]]
+    own = {"method": recipe["method"], **({"adapter": recipe["adapter"]} if method.has_rank else {})}
+    if method.directions != "none":
+        own["directions"] = recipe["directions"]
+    # How many batches a method starts from is its own.
+    own["start"] = {"batches": recipe["training"].get("start_batches")}
+    common = {key: dict(recipe[key]) for key in ("model", "optimizer", "training", "evaluation")}
+    # It says where the weights lie, which differs between machines.
+    common["model"]["name"] = Path(common["model"]["name"]).name
+    del common["optimizer"]["learning_rate"], common["evaluation"]["batch_size"]
+    common["training"].pop("start_batches", None)
+    return common, own
+
+
+def _compact(row: Row, setups: list[Row]) -> Row:
+    setup = None
+    if row["status"] == "finished":
+        setup = {"versions": row["versions"], "machine": row["machine"]}
+        if setup not in setups:
+            setups.append(setup)
+        change = row.get("phase_change") or {}
+        row = {**row, "transition_seconds": change.get("seconds"), "setup": setups.index(setup)}
+    return {key: _rounded(row[key]) for key in KEPT if row.get(key) is not None}
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, list):
+        return [_rounded(one) for one in value]
+    return {key: _rounded(one) for key, one in value.items()} if isinstance(value, dict) else value
+
+
+def _text(kept: Row) -> str:
+    """JSON with a line a row, so that a difference shows which rows are new."""
+    head = json.dumps({key: value for key, value in kept.items() if key != "rows"}, indent=1, ensure_ascii=False)
+    rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in kept["rows"])
+    return f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n'
+
+
+def write(rows: Path = ROWS, page: Path = PAGE, figures: Path = FIGURES) -> None:
+    """Write the page's generated part, and its figures.
+
+    Raises:
+        ValueError: The page does not say where that part is.
+    """
+    text = page.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{page} lacks {BEGIN!r} or {END!r}, between which the generated part stands")
+    sections = []
+    figures.mkdir(exist_ok=True)
+    for path in sorted(rows.glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        drawn = draw(content["rows"], figures, path.stem)
+        sections.append(section(content, path.stem, [f"{figures.name}/{name}" for name in drawn]))
+    made = "\n\n".join(sections) or "No rows have been collected yet."
+    page.write_text(f"{before}{BEGIN}\n\n{made}\n\n{END}{after}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb")
+    collecting = verbs.add_parser("collect", help="add the rows of a comparison's folder")
+    collecting.add_argument("folder", type=Path, help="of a comparison, its --out")
+    collecting.add_argument("name", help="of the file of rows, without .json")
+    given = parser.parse_args()
+    if given.verb == "collect":
+        if not (given.folder / "results.json").is_file():
+            parser.error(f"{given.folder / 'results.json'} is not there; make it with: peft-tsd compare ... --out DIR")
+        try:
+            print(collect(given.folder, given.name))
+        except ValueError as error:
+            sys.exit(str(error))
+    else:
+        write()
+
+
+if __name__ == "__main__":
+    main()

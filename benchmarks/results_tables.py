@@ -1,0 +1,115 @@
+"""The text of docs/results.md that follows from rows: see results.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from peft_tsd.compare.grid import Cells, by_task, grids
+from peft_tsd.compare.plan import LEARNING_RATE
+from peft_tsd.compare.results import group_of, interval
+from peft_tsd.compare.tables import GRID_LEGEND, grid_tables, markdown
+
+Row = Mapping[str, Any]
+
+
+def section(content: Mapping[str, Any], name: str, figures: Sequence[str]) -> str:
+    """One file of rows: what was done, its figures, and its tables, task by task."""
+    rows = content["rows"]
+    parts = [f"## {content['title']}", *([content["about"]] if content["about"] else [])]
+    parts.append("```sh\n" + "\n".join(content["commands"]) + "\n```")
+    parts.append(_done(content, name))
+    parts += [f"![{_caption(figure)}]({figure})" for figure in figures]
+    parts.append(markdown(["variant", "method", "differs in"], _variants(content["variants"])))
+    for task, found in by_task(grids(rows)).items():
+        parts.append(f"### {content['title']}: {task}" if task else "### Held-out loss")
+        best = {grid.group: grid.best_rate for grid in found}
+        parts += [markdown(*table) for table in (*grid_tables(found), _scores(rows, task, best)) if table[1]]
+    parts.append(GRID_LEGEND)
+    parts.append(markdown(*_costs(rows)))
+    parts.append(
+        "Means over all runs, of processes that may have shared the machine with others: seconds of a step, seconds "
+        "before the first step and at a transition, and the largest peak of memory of a run."
+    )
+    return "\n\n".join(parts)
+
+
+def _done(content: Mapping[str, Any], name: str) -> str:
+    rows = content["rows"]
+    done = [row for row in rows if row["status"] == "finished"]
+    seeds = sorted({row["seed"] for row in done})
+    hours = sum(row["seconds"] for row in done) / 3600
+    setups = {
+        f"{one['machine']['device']} ({one['machine']['cpus']} CPUs), "
+        + ", ".join(f"{package} {number}" for package, number in one["versions"].items())
+        for one in content["setups"]
+    }
+    text = (
+        f"{len(done)} runs of {' or '.join(map(str, sorted({row['steps'] for row in done})))} steps, seeds "
+        f"{', '.join(map(str, seeds))}, {hours:.1f} hours, on {'; '.join(sorted(setups))}. Rows: "
+        f"`benchmarks/results/{name}.json`."
+    )
+    failed = len(rows) - len(done)
+    return f"{text} {failed} runs failed, such as diverged." if failed else text
+
+
+def _caption(figure: str) -> str:
+    what = "during training, at each one's best rate" if "curves" in figure else "over the learning rate"
+    return f"Held-out loss {what}, means over seeds with 95 % intervals"
+
+
+def _variants(variants: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """What each is, against the settings that most have."""
+    flat = {name: {f"{part}.{k}": v for part in ("adapter", "directions", "start") for k, v in own.get(part, {}).items()}
+            for name, own in variants.items()}  # fmt: skip
+    usual: dict[str, Any] = {}
+    for key in dict.fromkeys(key for own in flat.values() for key in own):
+        texts = [repr(own[key]) for own in flat.values() if key in own]
+        usual[key] = max(dict.fromkeys(texts), key=texts.count)
+    return [
+        [
+            name,
+            variants[name]["method"],
+            ", ".join(f"{k.partition('.')[2]}={v}" for k, v in own.items() if repr(v) != usual[k]) or "–",
+        ]
+        for name, own in flat.items()
+    ]
+
+
+def _scores(rows: Sequence[Row], task: str | None, best: Mapping[Any, float | None]) -> Cells:
+    """The metric at each one's best rate."""
+    lines, metrics = [], set()
+    for group, rate in best.items():
+        own = [
+            row
+            for row in rows
+            if row["task"] == task and row["status"] == "finished" and group_of(row).rate == rate
+            and group_of(row).without(LEARNING_RATE) == group
+        ]  # fmt: skip
+        if own:
+            metrics |= {row["metric"] for row in own}
+            mean, half = interval([100 * row["score"] for row in own])
+            lines.append([group.label, f"{mean:.1f}" + ("" if half is None else f" ± {half:.1f}")])
+    return [f"{' or '.join(sorted(metrics))} at the best rate, in hundredths", "mean"], lines
+
+
+def _costs(rows: Sequence[Row]) -> Cells:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["status"] == "finished":
+            groups.setdefault(group_of(row).without(LEARNING_RATE).label, []).append(row)
+    lines = []
+    for label, own in groups.items():
+        memory = [row["peak_memory_bytes"] for row in own if row.get("peak_memory_bytes")]
+        starts = [row.get("start_seconds", 0.0) + row.get("transition_seconds", 0.0) for row in own]
+        lines.append(
+            [
+                label,
+                f"{own[0]['trainable_parameters']:,}",
+                f"{fmean(row['seconds_per_step'] for row in own):.2f}",
+                f"{fmean(starts):.1f}",
+                f"{max(memory) / 2**20:,.0f}" if memory else "",
+            ]
+        )
+    return ["cost", "trained", "s/step", "s to start", "MiB"], lines

@@ -1,0 +1,110 @@
+"""docs/results.md is what its command writes from the committed rows."""
+
+import json
+import re
+import sys
+
+import pytest
+
+from peft_tsd.compare.plan import LEARNING_RATE
+from support.comparisons import row
+from support.places import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+results = pytest.importorskip("results", reason="the figures need the extra explore")
+
+
+def test_the_committed_page_and_figures_are_those_of_the_committed_rows(tmp_path):
+    page, figures = tmp_path / "results.md", tmp_path / "figures"
+    page.write_text(results.PAGE.read_text("utf-8"), "utf-8")
+    results.write(page=page, figures=figures)
+    assert page.read_text("utf-8") == results.PAGE.read_text("utf-8"), "run: python benchmarks/results.py"
+    made, committed = (
+        {path.name: path.read_bytes() for path in folder.glob("*")} for folder in (figures, results.FIGURES)
+    )
+    assert made == committed, "run: python benchmarks/results.py"
+
+
+RECIPE = {
+    "model": {"name": "/somewhere/model", "dtype": "float32"},
+    "optimizer": {"learning_rate": 1e-3, "name": "adamw_torch"},
+    "training": {"steps": 3},
+    "evaluation": {"every": 1, "batch_size": 4},
+    "adapter": {"r": 4, "lora_alpha": 8},
+    "directions": {"num_directions": 8},
+}
+
+
+def made(name, seed, rate, loss, *, method="lora", alpha=8):
+    setup = {"versions": {"peft": "1"}, "machine": {"device": "a processor", "cpus": 2}}
+    curve = [{"step": 1, "loss": loss + 1}, {"step": 3, "loss": loss}]
+    one = row(method, seed, 0.5, task="spell", variation=((LEARNING_RATE, rate),), variant=name, held_out=loss,
+              evaluations=curve, **setup)  # fmt: skip
+    recipe = {**RECIPE, "method": method, "adapter": {"r": 4, "lora_alpha": alpha}}
+    return {**one, "recipe": recipe, "validation_loss": loss}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "ROWS", tmp_path / "rows")
+    return tmp_path
+
+
+def collect(place, *runs, command="peft-tsd compare x"):
+    (place / "results.json").write_text(json.dumps({"command": command, "runs": runs}))
+    return json.loads(results.collect(place, "proof").read_text("utf-8"))
+
+
+def test_rows_are_collected_merged_and_shown(place):
+    lora = [made("lora", seed, rate, 2.0 + seed / 10) for seed in (0, 1) for rate in (1e-3, 1e-2)]
+    first = collect(place, *lora)
+    assert len(first["rows"]) == 4
+    assert first["common"]["model"]["name"] == "model"
+    ours = [made("alpha", seed, rate, 1.0 + seed / 10, alpha=32) for seed in (0, 1) for rate in (1e-3, 1e-2)]
+    again = {**lora[0], "held_out_loss": 2.5}
+    content = collect(place, again, *ours, command="peft-tsd compare y")
+    assert content["commands"] == ["peft-tsd compare x", "peft-tsd compare y"]
+    assert [r["held_out_loss"] for r in content["rows"] if r["variant"] == "lora"] == [2.5, 2.1, 2.0, 2.1]
+    assert len(content["rows"]) == 8
+    assert len(content["setups"]) == 1
+    page, figures = place / "page.md", place / "figures"
+    page.write_text(f"by hand\n{results.BEGIN}\nold\n{results.END}\nmore\n")
+    for _ in range(2):
+        results.write(place / "rows", page, figures)
+    text = page.read_text("utf-8")
+    assert text.startswith("by hand\n")
+    assert text.endswith(results.END + "\nmore\n")
+    assert "old" not in text
+    assert re.search(r"\| alpha +\| +lora \| +lora_alpha=32 \|", text)
+    # At 1e-3 LoRA's first seed has 2.5.
+    assert "2.300 ± 2.541" in text
+    assert "8 runs of 3 steps, seeds 0, 1" in text
+    for name in ("proof-rates.svg", "proof-curves.svg"):
+        assert f"(figures/{name})" in text
+        assert "alpha r4" in (figures / name).read_text("utf-8")
+
+
+def test_the_same_rows_draw_the_same_bytes(place):
+    rows = collect(place, *(made("lora", seed, rate, 2.0) for seed in (0, 1) for rate in (1e-3, 1e-2)))["rows"]
+    for name in ("one", "other"):
+        (place / name).mkdir()
+        results.draw(rows, place / name, "proof")
+    for path in (place / "one").iterdir():
+        assert path.read_bytes() == (place / "other" / path.name).read_bytes()
+
+
+def test_rows_of_other_settings_are_refused(place):
+    collect(place, made("lora", 0, 1e-3, 2.0))
+    with pytest.raises(ValueError, match="other settings of lora"):
+        collect(place, made("lora", 1, 1e-3, 2.0, alpha=16))
+    longer = made("lora", 1, 1e-3, 2.0)
+    longer["recipe"] = {**longer["recipe"], "training": {"steps": 9}}
+    with pytest.raises(ValueError, match="other settings of all runs"):
+        collect(place, longer)
+
+
+def test_a_run_that_failed_is_kept_until_it_has_finished(place):
+    failed = {**made("lora", 0, 1e-2, 2.0), "status": "failed", "error": "diverged"}
+    kept = collect(place, failed)["rows"]
+    assert [(r["status"], r["error"]) for r in kept] == [("failed", "diverged")]
+    assert collect(place, made("lora", 0, 1e-2, 2.0))["rows"][0]["status"] == "finished"
