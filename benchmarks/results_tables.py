@@ -61,8 +61,11 @@ def _caption(figure: str) -> str:
 
 def _variants(variants: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     """What each is, against the settings that most have."""
-    flat = {name: {f"{part}.{k}": v for part in ("adapter", "directions", "start") for k, v in own.get(part, {}).items()}
-            for name, own in variants.items()}  # fmt: skip
+    parts = ("adapter", "directions", "start")
+    flat = {
+        name: {f"{part}.{key}": value for part in parts for key, value in own.get(part, {}).items()}
+        for name, own in variants.items()
+    }
     usual: dict[str, Any] = {}
     for key in dict.fromkeys(key for own in flat.values() for key in own):
         texts = [repr(own[key]) for own in flat.values() if key in own]
