@@ -22,7 +22,7 @@ FLOORS = (
 # What may be imported where it is used: packages that an extra brings, and a module that Windows lacks.
 OPTIONAL = {
     "resource", "bitsandbytes", "datasets", "diffusers", "gguf", "matplotlib", "PIL", "plotly", "pyarrow",
-    "reasoning_gym", "scipy", "sklearn",
+    "reasoning_gym", "scipy", "sklearn", "trl",
 }  # fmt: skip
 
 LONGEST = 400

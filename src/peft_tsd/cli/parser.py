@@ -49,6 +49,14 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("--kohya", action="store_true", help="diffusion models: also in the keys that WebUIs read")
     export.set_defaults(run=("language", "export"))
 
+    push = verbs.add_parser("push", help="upload a finished run to the Hugging Face hub, with a card")
+    push.add_argument("run_folder", metavar="RUN", help="a run folder")
+    push.add_argument("name", metavar="NAME", help="the repository: OWNER/NAME, or NAME for one of your own")
+    push.add_argument("--public", action="store_true", help="make the repository public; it is private without it")
+    push.add_argument("--dry-run", action="store_true", help="show the files and the card, and push nothing")
+    push.add_argument("--out", metavar="DIR", help="write the files into this folder, and push nothing")
+    push.set_defaults(run=("push", "push_run"))
+
     explore = verbs.add_parser("explore", help="show what fine-tuning changed, along each weight's core directions")
     explore.add_argument(
         "base",

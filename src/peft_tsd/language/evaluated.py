@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+# A mixin without a base class can be put before any Trainer.
+_Mixin: Any = Trainer if TYPE_CHECKING else object
 
-class EvaluatedTrainer(Trainer):
-    """transformers' Trainer, which evaluates by what a run scores: the held-out loss, and the metric.
+
+class Evaluated(_Mixin):
+    """A Trainer, of which this is put before the class, that evaluates by what a run scores: the held-out loss, and
+    the metric.
 
     Its schedule, its log and its callbacks (early stopping, trackers) are Trainer's own.
 
@@ -33,3 +37,7 @@ class EvaluatedTrainer(Trainer):
         assert self._measure is not None
         measured = {f"{metric_key_prefix}_{name}": value for name, value in self._measure(self.model).items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=measured, num_samples=len(self.eval_dataset))
+
+
+class EvaluatedTrainer(Evaluated, Trainer):
+    """transformers' Trainer, evaluated so."""

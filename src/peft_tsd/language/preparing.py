@@ -228,7 +228,8 @@ def _checked(recipe: Recipe, read: _Read, folder: RunFolder, *, to_train: bool) 
     Raises:
         RecipeError: It cannot.
     """
-    steps = recipe.training.total_steps(len(read.material.train))
+    # Packed conversations are fewer rows.
+    steps = recipe.training.total_steps(len(read.rows) if to_train else len(read.material.train))
     if to_train:
         recipe.check_length(steps)
         if recipe.evaluation.patience is not None and not read.held_out:

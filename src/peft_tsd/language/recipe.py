@@ -45,6 +45,13 @@ class Recipe(RunRecipe):
                 "data.name=FILE or data.generator=NAME"
             )
         foreign = {"folder", "tasks", "train_tasks"}
+        if family == "chat":
+            foreign |= {"generator", "parameters"}
+            if self.training.similar_lengths:
+                raise ValueError(
+                    "training.similar_lengths=True has no meaning for task.family=chat; task.packing=true leaves no "
+                    "padding at all"
+                )
         if family in SUITES:
             foreign = {"name", "subset", "split", "test_name", "test_split", "generator", "parameters", "answer"}
         for key in sorted(foreign):

@@ -107,8 +107,9 @@ Below is an instruction that describes a task. Write a response that appropriate
 class Task(Section):
     """How a row becomes a prompt, and how an answer is scored."""
 
-    family: Literal["generate", "classify", "commonsense", "math", "glue"]
-    """`generate`: a causal language model writes the answer. `classify`: the answer is one of a few labels. The
+    family: Literal["generate", "chat", "classify", "commonsense", "math", "glue"]
+    """`generate`: a causal language model writes the answer. `chat`: it learns the assistant's turns of conversations
+    (`messages`). `classify`: the answer is one of a few labels. The
     others are suites: `commonsense` and `math` are written like `generate`, `glue` is one of its eight tasks."""
     prompt: str = "{question}"
     """The text put before the model; `{column}` stands for a column of the data. Suites: Alpaca's instruction form."""
@@ -116,8 +117,10 @@ class Task(Section):
     """Families that write: wrap the prompt in the tokenizer's chat template."""
     scoring: Literal["generation", "likelihood"] = "generation"
     """`commonsense`: read the answer from what the model writes, or take the option it finds most likely."""
+    packing: bool = False
+    """`chat`: rows are filled with whole conversations, each of which sees itself alone."""
     max_length: int = Field(default=512, ge=8)
-    """Tokens a row; a longer prompt loses its beginning."""
+    """Tokens a row; a longer prompt loses its beginning, a longer conversation its end."""
     max_new_tokens: int = Field(default=16, ge=1)
     """Families that write: tokens of an answer, 32 by default for `commonsense` and 256 for `math`."""
     labels: list[str] | None = None
@@ -134,11 +137,12 @@ class Task(Section):
     @model_validator(mode="after")
     def _fits_family(self) -> Task:
         foreign = {
-            "generate": {"labels", "scoring"},
-            "classify": {"chat", "max_new_tokens", "scoring"},
-            "commonsense": {"labels"},
-            "math": {"labels", "scoring"},
-            "glue": {"prompt", "chat", "max_new_tokens", "labels", "scoring"},
+            "generate": {"labels", "scoring", "packing"},
+            "chat": {"prompt", "chat", "labels", "scoring"},
+            "classify": {"chat", "max_new_tokens", "scoring", "packing"},
+            "commonsense": {"labels", "packing"},
+            "math": {"labels", "scoring", "packing"},
+            "glue": {"prompt", "chat", "max_new_tokens", "labels", "scoring", "packing"},
         }[self.family]
         for key in foreign & self.model_fields_set:
             # A resolved recipe spells out every default; only a value that asks for something is a mistake.

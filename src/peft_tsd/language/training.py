@@ -12,7 +12,7 @@ import warnings
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -31,7 +31,7 @@ from ..runs.log import log, logging_to
 from ..runs.machine import check_one_process, current_device, peak_memory
 from ..runs.stopping import Stop, interruptible
 from ..schedule.callback import START_BATCHES, TsdCallback, first_batches
-from ..schedule.gradients import random_states_kept
+from ..schedule.gradients import loss_of_output, random_states_kept
 from ..tuner.checking import check_adapter, check_fits, check_onto
 from ..tuner.opening import put_onto
 from ..tuner.phase import PrelaunchWarning
@@ -40,6 +40,7 @@ from .evaluated import EvaluatedTrainer
 from .preparing import Job, facts_of, prepare
 from .progress import Record, begun
 from .recipe import Recipe
+from .sft import sft_arguments, sft_trainer
 from .starts import put_start_in, start_from_batches, take_out_start
 from .tasks.classification import Classification
 from .watching import EarlyStop, trackers
@@ -212,7 +213,9 @@ def _trained(job: Job, base: Any, made_of: Fingerprint, stop: Stop) -> tuple[Any
     started = time.perf_counter()
     model = _adapted(job, base, last[0] if last else None)
     start_seconds = time.perf_counter() - started
-    schedule = TsdCallback(batches=recipe.training.start_batches) if recipe.uses_directions else None
+    # Without a cache, as Trainer trains: with one, packed conversations would see each other.
+    loss = _loss_without_cache if recipe.task.packing else loss_of_output
+    schedule = TsdCallback(batches=recipe.training.start_batches, loss=loss) if recipe.uses_directions else None
     if last is not None and job.adapter_config is not None:
         check_fits(last[0], model, "default")
     record = Record(folder, job.steps, made_of, stop, schedule, last[1] if last else None)
@@ -272,6 +275,19 @@ def _adapted(job: Job, base: Any, checkpoint: Path | None) -> Any:
 
 
 def _trainer(job: Job, model: Any, base: Any, callbacks: list[TrainerCallback]) -> EvaluatedTrainer:
+    if job.recipe.task.family == "chat":
+        return cast(
+            EvaluatedTrainer,
+            sft_trainer(
+                model,
+                _training_arguments(job),
+                job.rows,
+                job.held_out,
+                job.tokenizer,
+                measure=partial(_measured, job),
+                callbacks=callbacks,
+            ),
+        )
     return (SimilarLengthsTrainer if job.recipe.training.similar_lengths else EvaluatedTrainer)(
         model=model,
         args=_training_arguments(job),
@@ -293,6 +309,11 @@ def _measured(job: Job, model: Any) -> dict[str, float]:
     return measured
 
 
+def _loss_without_cache(model: Any, batch: Any) -> torch.Tensor:
+    loss: torch.Tensor = model(**batch, use_cache=False).loss
+    return loss
+
+
 def _count(model: Any, job: Job) -> tuple[int, int]:
     """Numbers trained, and numbers in the model."""
     if isinstance(model, PeftModel):
@@ -306,7 +327,9 @@ def _training_arguments(job: Job) -> TrainingArguments:
     recipe = job.recipe
     # An adapter is kept in float32 by PEFT, beside base weights of the recipe's dtype; without one, autocast does it.
     casts = recipe.model.dtype if job.method.trains == "model" else "float32"
-    arguments = TrainingArguments(
+    chat = recipe.task.family == "chat"
+    make = partial(sft_arguments, recipe.task.packing) if chat else TrainingArguments
+    arguments = make(
         output_dir=str(job.folder.checkpoints),
         max_steps=job.steps,
         per_device_train_batch_size=recipe.training.batch_size,

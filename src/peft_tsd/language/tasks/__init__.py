@@ -4,12 +4,14 @@ A recipe's own data come from `sources`: files, hub datasets and generators beco
 their data sets with them, are `commonsense` and `math_problems` (both in the form of `instructions`) and `glue`.
 
 A task family knows how an example becomes a row of tokens, how rows become a batch, and how a model is scored:
-`generation`, `classification` and `glue` have the same verbs. `decoding` writes answers, `likelihood` picks them.
+`generation`, `chat`, `classification` and `glue` have the same verbs. `decoding` writes answers, `likelihood` picks
+them.
 """
 
 from __future__ import annotations
 
 from ..recipe import Recipe
+from .chat import Chat, load_conversations
 from .classification import Classification
 from .commonsense import COMMONSENSE
 from .generation import Generation
@@ -19,9 +21,19 @@ from .material import Material, hold_out
 from .math_problems import MATH
 from .sources import Example, load_examples
 
-__all__ = ["Classification", "Example", "Family", "Generation", "Glue", "Material", "load_examples", "load_task"]
+__all__ = [
+    "Chat",
+    "Classification",
+    "Example",
+    "Family",
+    "Generation",
+    "Glue",
+    "Material",
+    "load_examples",
+    "load_task",
+]
 
-Family = Generation | Classification | Glue
+Family = Generation | Classification | Glue | Chat
 
 
 def load_task(recipe: Recipe, *, to_train: bool = True) -> tuple[Family, Material]:
@@ -51,6 +63,10 @@ def _load(recipe: Recipe, *, to_train: bool) -> tuple[Family, Material]:
         if task.family == suite.name:
             material = load_suite(suite, data, task.prompt, recipe.data_seed, to_train=to_train)
             return Generation(task, suite.reading), material
+    if task.family == "chat":
+        chats, to_score = load_conversations(data, recipe.data_seed)
+        material = hold_out(Material(chats, {"test": to_score}, [], [], []), data.validation_size, recipe.data_seed)
+        return Chat(task, to_score), material
     train, test = load_examples(data, task.prompt, recipe.data_seed)
     material = hold_out(Material(train, {"test": test}, [], [], []), data.validation_size, recipe.data_seed)
     if task.family == "generate":

@@ -38,7 +38,7 @@ def load_examples(data: Data, prompt: str, seed: int) -> tuple[list[Example], li
     """
     if data.generator is not None:
         return _generated(data, prompt, seed)
-    rows, test_rows = _stored(data, seed)
+    rows, test_rows = stored(data, seed)
     train = [_example(row, prompt, data.answer) for row in rows]
     seen = {example.prompt for example in train}
     test = list(islice(_unseen((_example(row, prompt, data.answer) for row in test_rows), seen), data.test_size))
@@ -126,7 +126,7 @@ def _example(row: Row, prompt: str, answer: str) -> Example:
     return Example(text, expected)
 
 
-def _stored(data: Data, seed: int) -> tuple[list[Row], list[Row]]:
+def stored(data: Data, seed: int) -> tuple[list[Row], list[Row]]:
     """Training and test rows of a file or hub dataset, at most `train_size` of the former."""
     assert data.name is not None
     rows = read_rows(data.name, data.subset, data.split)
