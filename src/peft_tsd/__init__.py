@@ -20,6 +20,7 @@ from .tuner.config import TsdConfig
 from .tuner.model import TsdModel
 from .tuner.phase import PrelaunchWarning
 from .tuner.table import Directions, LayerDirections
+from .tuner.within import directions_in
 
 __version__ = version("peft-tsd")
 
@@ -38,6 +39,7 @@ __all__ = [
     "TsdModel",
     "advance",
     "check_adapter",
+    "directions_in",
     "export_lora",
     "identify_from_gradients",
 ]

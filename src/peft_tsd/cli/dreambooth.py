@@ -93,6 +93,8 @@ def _runs(arguments: argparse.Namespace, own: DreamBooth, out: Path) -> dict[str
 
 
 def export(arguments: argparse.Namespace) -> int:
+    if arguments.gguf is not None:
+        raise InputError("--gguf is for the adapters of language models; llama.cpp reads no other")
     adapter, out = adapter_folder(arguments.adapter), Path(arguments.out).expanduser()
     try:
         print(diffusion.export_diffusers(adapter, out, rank=arguments.rank, kohya=arguments.kohya))

@@ -12,6 +12,7 @@ from .. import compare as comparing
 from .. import language
 from ..errors import InputError
 from ..export import export_lora
+from ..export.gguf import find_converter, write_gguf
 from ..files.adapters import CONFIG
 from ..language.recipe import apply_overrides, load_recipe
 from ..recipes.reading import find_recipe
@@ -76,8 +77,17 @@ def export(arguments: argparse.Namespace) -> int:
         raise InputError(f"--kohya is for the adapters of diffusion models, and {arguments.adapter!r} holds none")
     if not (adapter / CONFIG).is_file():
         raise InputError(f"{arguments.adapter!r} holds no {CONFIG}; give an adapter's folder or a run folder")
+    out = Path(arguments.out).expanduser()
+    gguf = None if arguments.gguf is None else Path(arguments.gguf).expanduser()
+    # What cannot be converted is said before anything is written.
+    converter = None if gguf is None else find_converter(arguments.converter, out, gguf)
+    if gguf is not None and gguf.exists():
+        raise InputError(f"--gguf {arguments.gguf!r} exists and is not overwritten; name another file")
     try:
-        print(export_lora(adapter, Path(arguments.out).expanduser(), rank=arguments.rank))
+        print(export_lora(adapter, out, rank=arguments.rank))
+        if gguf is not None and converter is not None:
+            write_gguf(out, gguf, converter, arguments.base)
+            print(f"GGUF: {near(gguf)}")
     except (ValueError, OSError) as error:
         raise InputError(" ".join(str(error).split())) from None
     return DONE

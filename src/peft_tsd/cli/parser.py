@@ -47,6 +47,9 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("out", metavar="OUT", help="the folder to make")
     export.add_argument("--rank", type=int, help="compress to this rank; exact without it")
     export.add_argument("--kohya", action="store_true", help="diffusion models: also in the keys that WebUIs read")
+    export.add_argument("--gguf", metavar="FILE", help="also write this file for llama.cpp and Ollama, by llama.cpp's")
+    export.add_argument("--converter", metavar="PATH", help="its convert_lora_to_gguf.py, or its folder; else on PATH")
+    export.add_argument("--base", metavar="DIR", help="of --gguf: the base model's folder, for its configuration")
     export.set_defaults(run=("language", "export"))
 
     push = verbs.add_parser("push", help="upload a finished run to the Hugging Face hub, with a card")

@@ -21,17 +21,15 @@ from .layer import TsdLayer
 from .phase import (
     Phase,
     adapted_layers,
-    any_layer,
     check_one_phase,
     phase_of,
-    prelaunch_length,
-    steps_taken,
     warn_in_prelaunch,
     warn_of_native_state,
 )
 from .quantized import QuantizedLayer
 from .settings import DirectionSettings
-from .table import Directions, directions_of
+from .table import Directions
+from .within import found_in
 
 
 class DirectedModel:
@@ -63,15 +61,7 @@ class DirectedModel:
         Raises:
             ValueError: There is no such adapter, or it is still in pre-launch.
         """
-        layers, adapter = self._layers_of(adapter_name)
-        check_one_phase(layers, adapter)
-        if phase_of(layers, adapter) == "pre-launch":
-            raise ValueError(
-                f"Adapter {adapter!r} has no directions yet: it has taken {steps_taken(layers, adapter)} of its "
-                f"{prelaunch_length(self.peft_config[adapter])} pre-launch steps."
-            )
-        found = {name: directions_of(layer, adapter) for name, layer in layers.items()}
-        return Directions(found, int(any_layer(layers).fixed(adapter).identified_at))
+        return found_in(*self._layers_of(adapter_name))
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, *args, **kwargs)  # type: ignore[misc]
