@@ -1,4 +1,4 @@
-# make demo        fine-tune a real language model with LoRA-TSD, from nothing but Python and make
+# make demo        fine-tune a real language model with LoRA and with LoRA-TSD, side by side, from nothing but Python and make
 # make test        the checks, then the tests but for the long ones
 # make test-long   the tests that take long
 # make check       ruff, the formatter's check and mypy
@@ -13,7 +13,7 @@ PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist works
 .PHONY: demo test test-long check docs clean
 
 demo: $(VENV)/.train
-	$(BIN)/peft-tsd train smollm2-family
+	$(BIN)/peft-tsd compare smollm2-family --methods lora,lora-tsd --seeds 0 --out comparisons/demo evaluation.every=25 evaluation.during=loss
 
 # Every line of the package is to be reached by the tests that one runs often: the long ones count no lines.
 test: $(VENV)/.dev check

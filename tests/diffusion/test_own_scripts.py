@@ -110,7 +110,9 @@ def test_export_lora_of_a_denoiser_is_read_by_pipelines_and_by_peft(tmp_path):
         assert np.abs(found - drawn).max() < 1e-5, job
 
 
-@pytest.mark.parametrize("kind", ["lora", "loha", "pre-launch", "dora"])
+@pytest.mark.parametrize(
+    "kind", ["lora", *(pytest.param(one, marks=pytest.mark.long) for one in ("loha", "pre-launch", "dora"))]
+)
 def test_other_adapters_of_a_script(kind, tmp_path):
     configs = {
         "lora": lambda targets: LoraConfig(r=3, lora_alpha=5, use_rslora=True, target_modules=targets),
@@ -134,6 +136,7 @@ def test_other_adapters_of_a_script(kind, tmp_path):
     assert np.abs(image(fresh) - image(pipe)).max() < 1e-5
 
 
+@pytest.mark.long
 def test_it_goes_into_the_folder_of_a_script_and_replaces_its_file(tmp_path):
     _, models = taught(tmp_path, "sd15", steps=3)
     out = tmp_path / "output"
@@ -155,6 +158,7 @@ def test_it_goes_into_the_folder_of_a_script_and_replaces_its_file(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.long
 def test_the_scripts_own_way_is_warned_of_and_resumes(tmp_path):
     """Their checkpoints hold the state that `get_peft_model_state_dict` gives: from it one goes on, natively."""
     pipe, models = taught(tmp_path, "sd15", with_text=False)

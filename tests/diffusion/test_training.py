@@ -75,7 +75,7 @@ def interrupt_at(monkeypatch, start: str, number: int = signal.SIGINT) -> None:
     monkeypatch.setattr(training, "file_only", watched)
 
 
-@pytest.mark.parametrize("family", ["sd15", pytest.param("sdxl", marks=pytest.mark.long), "sd3"])
+@pytest.mark.parametrize("family", ["sd15", *(pytest.param(one, marks=pytest.mark.long) for one in ("sdxl", "sd3"))])
 def test_a_run_learns_and_leaves_everything(place, family):
     """On real photos where they are, and on painted ones elsewhere."""
     real = tiny_diffusion.PHOTOS / "backpack"
@@ -152,6 +152,7 @@ def test_a_stopped_run_continues_to_the_same_bits(place, monkeypatch):
         assert_same_result(whole, folder)
 
 
+@pytest.mark.long
 def test_an_automatic_pre_launch_continues_too(place, monkeypatch):
     recipe = tiny_diffusion.write_recipe(
         place, directions={"prelaunch_steps": "auto", "prelaunch_min": 2, "prelaunch_max": 4}
@@ -218,6 +219,7 @@ def test_sigterm_to_a_process(place):
     assert folder.last_complete()[1]["step"] == 5
 
 
+@pytest.mark.long
 def test_accumulation_and_checkpointing_change_nothing_but_memory(place):
     """Two halves of a batch are the batch: the step, and the transition, count once."""
     recipe = tiny_diffusion.write_recipe(place, training={"batch_size": 3, "steps": 5})
@@ -228,6 +230,7 @@ def test_accumulation_and_checkpointing_change_nothing_but_memory(place):
     assert halves.metrics["phase_change"]["step"] == plain.metrics["phase_change"]["step"] == 3
 
 
+@pytest.mark.long
 def test_bfloat16_and_convolutions(place):
     result = run(
         tiny_diffusion.write_recipe(place),
@@ -244,6 +247,7 @@ def test_bfloat16_and_convolutions(place):
     assert result.metrics["fixed_loss"]["after"] < result.metrics["fixed_loss"]["before"]
 
 
+@pytest.mark.long
 def test_the_prior_is_preserved(place):
     """With the class trained beside the subject, the loss of the class rises less."""
     shutil.copytree(place / "photos", place / "class")

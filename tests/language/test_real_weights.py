@@ -19,6 +19,8 @@ GGUF = Path(PACKAGE.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
 # The worst conditioned q of the model (σ from 21.8 down to 0.0013), a wide k of grouped heads, a tall up.
 LAYERS = ["blk.16.attn_q.weight", "blk.3.attn_k.weight", "blk.29.ffn_up.weight"]
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, torch.Tensor]:

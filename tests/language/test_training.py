@@ -103,7 +103,9 @@ def test_the_same_recipe_gives_the_same_bits(place):
     assert_same_result(run(recipe).folder, run(recipe, f"output={place / 'again'}").folder)
 
 
-@pytest.mark.parametrize("line", ["step 2:", "step 4:", "step 9:", "step 12:"])
+@pytest.mark.parametrize(
+    "line", ["step 4:", *(pytest.param(line, marks=pytest.mark.long) for line in ("step 2:", "step 9:", "step 12:"))]
+)
 def test_a_stopped_run_continues_to_the_same_bits(place, monkeypatch, line):
     """Stopped in the pre-launch, at the transition, in the dash and at the last step."""
     recipe = text_models.write_recipe(place)

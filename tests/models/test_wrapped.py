@@ -147,7 +147,12 @@ def test_all_that_takes_a_model(wrap, tmp_path, processes):
 
 
 @pytest.mark.parametrize(
-    "targets", [tiny.LLAMA_TARGETS, "all-linear", r".*\.(q|v)_proj"], ids=["names", "all", "regex"]
+    "targets",
+    [
+        pytest.param(tiny.LLAMA_TARGETS, id="names"),
+        pytest.param("all-linear", id="all", marks=pytest.mark.long),
+        pytest.param(r".*\.(q|v)_proj", id="regex", marks=pytest.mark.long),
+    ],
 )
 def test_a_base_that_was_compiled_before_it_was_adapted(targets, tmp_path):
     for name, base in (("whole", compiled(tiny.llama())), ("blocks", tiny.llama())):

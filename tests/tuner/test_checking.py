@@ -219,6 +219,7 @@ def test_a_rank_of_a_layer_that_is_not_in_the_file_takes_no_memory(adapter):
         check_onto(adapter, config, base, "base")
 
 
+@pytest.mark.long
 @settings(max_examples=100)
 @given(st.data())
 def test_whatever_an_adapter_holds_it_is_used_or_refused_in_one_line(tmp_path_factory, whole, data):

@@ -56,6 +56,7 @@ def test_second_derivatives_are_those_of_finite_differences(method, reading, tar
         assert gradient[entry].item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-5, abs=1e-7), name
 
 
+@pytest.mark.long
 def test_second_derivatives_by_parameters_and_through_the_input():
     """A Hessian-vector product, and gradcheck's own test of the second derivative."""
     model = adapted()

@@ -97,6 +97,7 @@ def place(tmp_path_factory):
     return tmp_path_factory.mktemp("changed")
 
 
+@pytest.mark.long
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_hostile_files(data, whole, place):
