@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from peft_tsd import TsdConfig
+from peft_tsd import TsdConfig, identify_from_gradients
 from peft_tsd.cli.main import main
 from peft_tsd.explore import DirectionRecorder, exploring
 from support import text_models, tiny
@@ -67,6 +67,47 @@ def test_everything_at_once(place, capsys):
     assert found["overlap"]["weights"] == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
     assert found["agreement"]["steps"] == [1, 2, 3]
     assert found["agreement"]["true"] == 4
+
+
+@pytest.mark.parametrize("source", ["weight", "gradient"])
+def test_an_adapter_trained_along_its_directions(place, capsys, source):
+    settings = {"prelaunch_steps": 0} if source == "gradient" else {"prelaunch_steps": 1}
+    config = TsdConfig(r=2, num_directions=3, direction_source=source, target_modules=["q_proj"], **settings)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(place / "base"), config)
+    if source == "gradient":
+        ids = tiny.tokens(2, 9)
+        identify_from_gradients(model, [{"input_ids": ids, "labels": ids}])
+    tiny.train(model, 3)
+    model.save_pretrained(place / "trained")
+    assert main(["explore", "base", "trained", "full", "--out", "found", "--num-directions", "3"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("What this means: ") == 2
+    assert ("lora-tsd chose such directions early" in printed) == (source == "weight")
+    assert ("lora-tsd was trained along directions of the gradient" in printed) == (source == "gradient")
+    first, full = json.loads((place / "found" / "summary.json").read_text())["models"]
+    assert (first["along"], first["direction_source"]) == ("lora-tsd", source)
+    assert (full["along"], full["mean"]["gradient_energy"]) == (None, None)
+    found = {weight["name"]: weight for weight in first["weights"]}
+    for name, layer in model.base_model.model.named_modules():
+        if name in found:
+            change = layer.get_delta_weight("default").detach().double()
+            energies = torch.linalg.svdvals(change).square()
+            assert found[name]["best_energy"] == pytest.approx(float(energies[:3].sum() / energies.sum()), rel=1e-4)
+            if source == "gradient":
+                held = model.directions()[name]
+                along = (held.u.double().mT @ change @ held.v.double()).diagonal().square().sum()
+                assert found[name]["gradient_energy"] == pytest.approx(float(along / energies.sum()), rel=1e-3)
+            else:
+                assert found[name]["gradient_energy"] is None
+
+
+def test_what_is_still_in_prelaunch_was_trained_along_nothing(place, capsys):
+    config = TsdConfig(r=2, prelaunch_steps=50, target_modules=["q_proj"])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(place / "base"), config)
+    tiny.train(model, 2)
+    model.save_pretrained(place / "early")
+    assert main(["explore", "base", "early", "--out", "found"]) == 0
+    assert json.loads((place / "found" / "summary.json").read_text())["models"][0]["along"] is None
 
 
 def test_a_run_folder_stands_for_its_adapter_and_modules_narrow(place, capsys):

@@ -64,6 +64,24 @@ def test_random_directions_are_the_weights_own():
     assert sorted(random_directions("w", 3, 8).tolist()) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("shape", [(9, 14), (14, 9), (10, 10)])
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_what_the_best_and_the_given_directions_hold(shape, low_rank):
+    torch.manual_seed(0)
+    weight = torch.randn(*shape)
+    factors = (torch.randn(shape[0], 4), torch.randn(4, shape[1]), -0.5)
+    dense = (factors[2] * factors[0] @ factors[1] if low_rank else torch.randn(*shape)).double()
+    u, v = (torch.linalg.qr(torch.randn(size, 3)).Q for size in shape)
+    found = measure("w", weight, factors if low_rank else dense.float(), num_directions=3, gradient=(u, v))
+    energies = torch.linalg.svdvals(dense).square()
+    assert found.best_energy == pytest.approx(float(energies[:3].sum() / energies.sum()), rel=1e-6)
+    along = sum(float(u[:, j].double() @ dense @ v[:, j].double()) ** 2 for j in range(3))
+    assert found.gradient_energy == pytest.approx(along / float(energies.sum()), rel=1e-5)
+    # No choice of core directions holds more than the best.
+    assert found.best_energy >= max(share.energy for share in found.choices().values())
+    assert measure("w", weight, dense.float()).gradient_energy is None
+
+
 def test_place():
     assert place("model.layers.3.self_attn.q_proj") == (3, "self_attn.q_proj")
     assert place("down_blocks.0.attentions.1.to_q") == (0, "attentions.1.to_q")

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from peft_tsd.explore.report import finding, render
+from peft_tsd.explore.report import finding, meaning, render
 from peft_tsd.explore.views import tail
 from support import explored
 
@@ -106,7 +106,40 @@ def test_the_page_opens_with_the_median_weight(show, report, models):
     assert_shows(page, models[0][name])
     assert page.locator("h1").text_content() == "runs/one"
     assert page.locator("#finding").text_content() == finding(models[0])
+    assert page.locator("#meaning").text_content() == meaning(models[0])
     assert page.locator("#map button").count() == len(models[0].weights)
+
+
+def test_shares_are_on_a_scale_from_nothing_to_all(show, report):
+    page = show(report)
+    ends = {}
+    for i, label in enumerate(page.locator("#quantity option").all_text_contents()):
+        page.select_option("#quantity", str(i))
+        ends[label.split(":")[0]] = [page.locator(f"#legend-{end}").text_content() for end in ("low", "high")]
+    for name in ("Concentration", "Core energy", "TSD energy"):
+        assert ends[name] == ["0%", "100%"]
+    assert ends["Gini coefficient of the rates"] == ["0.00", "1.00"]
+    bars = page.locator("#choices .bar-cell")
+    for bar in bars.all():
+        percent = float(bar.text_content().removesuffix("%").removeprefix("<"))
+        full = bar.evaluate("cell => cell.clientWidth - 1.4 * 16")  # less its padding
+        width = bar.locator("i").evaluate("bar => bar.offsetWidth")
+        assert width == pytest.approx(percent / 100 * full, abs=0.01 * full + 1)
+
+
+def test_the_best_directions_stand_beside_the_core_ones(show, models):
+    one = models[0]
+    weights = tuple(
+        replace(w, best_energy=0.5, gradient_energy=0.25 if i else None) for i, w in enumerate(one.weights)
+    )
+    page = show(render([replace(one, weights=weights), one]))
+    rows = page.locator("#choices tbody tr")
+    assert rows.count() == 6
+    cell(page, one.weights[0].name).click()
+    assert rows.nth(4).locator("td").all_text_contents() == ["–", "50%", "–", "50%"]
+    assert rows.nth(5).locator("td").all_text_contents() == ["–", "–", "–", "25%"]
+    page.select_option("#model", "1")
+    assert rows.count() == 4
 
 
 def test_a_click_on_the_map_shows_that_weight(show, report, models):

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..explore.into import explore_into
-from ..explore.report import finding
+from ..explore.report import finding, meaning
 from ..explore.results import Agreement, Exploration, Overlap, WeightChange
 from ..files.adapters import CONFIG
 from ..recipes.reading import parse_yaml
@@ -74,7 +74,8 @@ def report_lines(explorations: list[Exploration], shared: Overlap | None, agreed
     """What was found, in a screenful."""
     lines: list[str] = []
     for one in explorations:
-        lines += ["", f"{one.tuned} ({one.kind}), {len(one.weights)} weights changed", finding(one), ""]
+        lines += ["", f"{one.tuned} ({one.kind}), {len(one.weights)} weights changed", finding(one)]
+        lines += [f"What this means: {meaning(one)}", ""] if one.weights else [""]
         lines += _table(one)
         lines += [f"left out: {count} {reason}" for reason, count in Counter(one.left_out.values()).most_common()]
     if shared is not None:

@@ -72,6 +72,34 @@ def is_no_change(delta: Tensor | LowRank) -> bool:
     return change_norm(delta) <= 1e-12 * abs(scaling) * float(as_double(b).norm() * as_double(a).norm())
 
 
+def best_energy(delta: Tensor | LowRank, num: int) -> float:
+    """The most of ‖ΔW‖² that `num` orthonormal pairs can hold, 0 to 1: what its `num` leading singular values hold
+    (Eckart and Young). 0 for no change."""
+    if isinstance(delta, Tensor):
+        dense = as_double(delta)
+        gram = dense @ dense.mT if dense.shape[0] <= dense.shape[1] else dense.mT @ dense
+        energies = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)
+    else:
+        b, a, _ = delta
+        core_b = torch.linalg.qr(as_double(b), mode="r").R
+        core_a = torch.linalg.qr(as_double(a).mT, mode="r").R
+        energies = torch.linalg.svdvals(core_b @ core_a.mT).square()
+    total = float(energies.sum())
+    return float(energies[:num].sum()) / total if total > 0 else 0.0
+
+
+def energy_along(delta: Tensor | LowRank, u: Tensor, v: Tensor) -> float:
+    """The part of ‖ΔW‖² along the orthonormal pairs u (out, n) and v (in, n): `Σ_j (u_jᵀ ΔW v_j)² / ‖ΔW‖²`."""
+    total = change_norm(delta) ** 2
+    u, v = as_double(u), as_double(v)
+    if isinstance(delta, Tensor):
+        found = ((u.mT @ as_double(delta)).mT * v).sum(0)
+    else:
+        b, a, scaling = delta
+        found = scaling * ((as_double(b).mT @ u) * (as_double(a) @ v)).sum(0)
+    return float(found.square().sum()) / total if total > 0 else 0.0
+
+
 def change_norm(delta: Tensor | LowRank) -> float:
     """‖ΔW‖ (Frobenius); of low-rank factors, from the (r, r) core between the QR factors of B and Aᵀ."""
     if isinstance(delta, Tensor):

@@ -27,7 +27,9 @@ from ..files.adapters import PICKLED, PREFIX, WEIGHTS
 from ..models.finding import Source
 from ..tuner.checking import check_weights
 from ..tuner.config import REFUSED_FIELDS, TsdConfig
+from ..tuner.held import used_columns
 from ..tuner.inits import moves_base, rounds_base
+from ..tuner.settings import DirectionSettings
 from .errors import ExploreError
 from .skeleton import Weight
 from .weights import Checkpoint, SafetensorsFiles, fetch
@@ -39,6 +41,10 @@ class Changes(Protocol):
     @property
     def kind(self) -> str:
         """`"checkpoint"`, or the adapter's PEFT type."""
+
+    @property
+    def along(self) -> Along | None:
+        """The directions that it was trained along, if any."""
 
     def problem(self, weight: Weight) -> str | None:
         """Why the change of `weight` is not known, or None where it is."""
@@ -55,10 +61,45 @@ class Changes(Protocol):
         """
 
 
+class Along:
+    """The directions that an adapter was trained along, or started from.
+
+    Attributes:
+        method: Its name, such as `"lora-tsd"`.
+        source: Whose they are: `"weight"` or `"gradient"`.
+    """
+
+    def __init__(self, config: DirectionSettings, files: SafetensorsFiles) -> None:
+        self.method, self.source = config.method, config.direction_source
+        self._files = files
+
+    def gradient(self, weight: Weight) -> tuple[Tensor, Tensor] | None:
+        """The directions of the gradient of `weight`, (out, n) and (in, n); None where they are not known."""
+        held = [key.removesuffix(".u") for key in self._files if _holds(key, weight.name)]
+        if self.source != "gradient" or not held:
+            return None
+        u, v = (self._files[f"{held[0]}.{part}"] for part in "uv")
+        used = used_columns(u)
+        return (u[:, used], v[used].mT) if used.any() else None
+
+
+def _along(config: PeftConfig, files: SafetensorsFiles) -> Along | None:
+    """None for an adapter without directions, and for one in pre-launch."""
+    if not isinstance(config, DirectionSettings):
+        return None
+    made = any(bool(files[key].ge(0).any()) for key in files if key.endswith("directions.identified_at"))
+    return Along(config, files) if made else None
+
+
+def _holds(key: str, module: str) -> bool:
+    return key.startswith(f"{PREFIX}{module}.") and key.endswith("directions.u")
+
+
 class OfCheckpoint:
     """The difference to another checkpoint."""
 
     kind = "checkpoint"
+    along = None
 
     def __init__(self, tuned: Checkpoint) -> None:
         self._tuned = tuned
@@ -79,6 +120,7 @@ class OfLora:
             ExploreError: The adapter is not for this base.
         """
         self.kind = _kind(config)
+        self.along = _along(config, files)
         self._config = config
         self._files = files
         self._name = name
@@ -139,6 +181,7 @@ class OfPeft:
                 configuration do not say all of its change.
         """
         self.kind = _kind(config)
+        self.along = _along(config, files)
         self._name = name
         self._files = files
         self._whole = whole_weights(files, weights)

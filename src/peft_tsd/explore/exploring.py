@@ -156,11 +156,29 @@ def measure_all(
                 continue
             # One factorization serves all models, and none is made where nothing changed.
             spectrum = spectrum or Spectrum(base)
+            gradient = changes.along.gradient(weight) if changes.along else None
             found[i].append(
-                measure(weight.name, base, delta, num_directions=num_directions, eps=eps, spectrum=spectrum)
+                measure(
+                    weight.name,
+                    base,
+                    delta,
+                    num_directions=num_directions,
+                    eps=eps,
+                    spectrum=spectrum,
+                    gradient=gradient and (gradient[0].to(base.device), gradient[1].to(base.device)),
+                )
             )
     return [
-        Exploration(plan.base, tuned, changes.kind, num_directions, eps, tuple(weights), reasons)
+        Exploration(
+            plan.base,
+            tuned,
+            changes.kind,
+            num_directions,
+            eps,
+            tuple(weights),
+            reasons,
+            *((changes.along.method, changes.along.source) if changes.along else ()),
+        )
         for tuned, changes, weights, reasons in zip(plan.tuned, plan.changes, found, left_out)
     ]
 

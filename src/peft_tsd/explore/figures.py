@@ -117,7 +117,7 @@ def heatmap_figure(exploration: Exploration) -> Figure:
         shares[rows.index(kind[weight.name]), columns.index(weight.layer)] = weight.choices()["tsd"].rate
     with _style():
         figure, (axes,) = _panels(1, 0.75 + 0.2 * len(rows))
-        image = axes.imshow(shares, cmap="cividis", aspect="auto", interpolation="nearest")
+        image = axes.imshow(shares, cmap="cividis", aspect="auto", interpolation="nearest", vmin=0, vmax=1)
         axes.set_yticks(range(len(rows)), [_literal(row) for row in rows])
         every = max(1, len(columns) // 16)
         shown = range(0, len(columns), every)
@@ -158,8 +158,7 @@ def concentration_figure(exploration: Exploration) -> Figure:
         axes.plot(HIGHEST, even, color=CHANCE, linestyle=":", label="if all were equal")
         axes.set_xscale("log", base=2)
         axes.set_xticks(HIGHEST, [str(n) for n in HIGHEST])
-        axes.set(xlabel="highest rates", ylabel="share of all rates")
-        axes.set_ylim(bottom=0)
+        axes.set(xlabel="highest rates", ylabel="share of all rates", ylim=(0, 1))
         axes.yaxis.set_major_formatter(_percent())
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure

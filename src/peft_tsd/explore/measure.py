@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from ..directions.change import LowRank, change_norm, check_change
+from ..directions.change import LowRank, best_energy, change_norm, check_change, energy_along
 from ..directions.definitions import coordinates_on
 from ..directions.spectrum import Spectrum, as_double
 from .results import Agreement, Exploration, FloatArray, IntArray, Overlap, WeightChange, highest
@@ -28,6 +28,7 @@ def measure(
     num_directions: int = 8,
     eps: float = 1e-6,
     spectrum: Spectrum | None = None,
+    gradient: tuple[Tensor, Tensor] | None = None,
 ) -> WeightChange:
     """How `weight` changed by `delta`, along its core directions.
 
@@ -39,6 +40,7 @@ def measure(
         num_directions: How many directions count as task-specific; a weight with fewer (k < num_directions) gives all.
         eps: ε of the change rate, in the unit of σ.
         spectrum: The factorization of `weight`, where it is there already.
+        gradient: The leading singular directions of the gradient, u (out, n) and v (in, n), where they are known.
 
     Raises:
         TypeError, ValueError: As `peft_tsd.directions.task_specific_directions`.
@@ -49,6 +51,7 @@ def measure(
     coordinates = _array(coordinates_on(spectrum, delta))
     sigma = _array(spectrum.sigma)
     rates = np.abs(coordinates) / (sigma + eps)
+    directions = highest(rates, num_directions)
     layer, module = place(name)
     return WeightChange(
         name=name,
@@ -58,10 +61,12 @@ def measure(
         sigma=sigma,
         coordinates=coordinates,
         rates=rates,
-        directions=highest(rates, num_directions),
+        directions=directions,
         random=random_directions(name, len(sigma), num_directions),
         change_norm=change_norm(delta),
         weight_norm=float(as_double(weight).norm()),
+        best_energy=best_energy(delta, len(directions)),
+        gradient_energy=None if gradient is None else energy_along(delta, *gradient),
     )
 
 

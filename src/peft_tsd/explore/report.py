@@ -16,7 +16,7 @@ import numpy as np
 
 from ..pages.embedding import one_script
 from ..pages.shell import assemble
-from .results import HIGHEST, Agreement, Exploration, FloatArray, Overlap, summary
+from .results import HIGHEST, Agreement, Exploration, FloatArray, Overlap, mean_of, summary
 from .views import histogram, kinds, layers, representative, tail
 
 PARTS = ("state", "text", "charts", "map", "weight", "models", "page")
@@ -77,6 +77,7 @@ def _model(one: Exploration, rows: list[dict[str, Any]]) -> dict[str, Any]:
     by_kind = {name: [row for row in rows if row["kind"] == name] for name in dict.fromkeys(kind.values())}
     return {
         "finding": finding(one),
+        "meaning": meaning(one),
         "facts": _facts(one, random),
         "layers": layers(one),
         "kinds": [{"kind": name, **_concentration(of_kind)} for name, of_kind in by_kind.items()],
@@ -113,16 +114,64 @@ def finding(one: Exploration) -> str:
     )
 
 
+NOTABLE = 0.02
+"""A share that differs from that of a random change by less than this, or by less than a tenth of it, is the same."""
+
+
+def meaning(one: Exploration) -> str:
+    """What the finding means, in plain words: the own number, that of a random change, and what follows; empty where
+    nothing was changed."""
+    if not one.weights:
+        return ""
+    own, random = (
+        float(np.mean([weight.choices()["tsd"].rate for weight in found.weights]))
+        for found in (one, one.random_change())
+    )
+    count = _span([len(weight.directions) for weight in one.weights])
+    said = f"{_percent(own)} of the relative change lies in {count} directions a weight"
+    said += f", where a random change of the same size shows {_percent(random)}"
+    if one.along is not None and one.direction_source == "weight":
+        said += (
+            f". But {one.along} chose such directions early and was trained along them, so this tells how the adapter "
+            "was made, and not what the task needs; a plain LoRA or a full fine-tuning would tell that"
+        )
+    elif abs(own - random) < max(NOTABLE, 0.1 * random):
+        said += ": that is what these weights show under any change, and says little of the task"
+    elif own > random:
+        said += ": what lies beyond that is the task’s"
+    else:
+        said += ": fine-tuning spread its change more evenly than chance would"
+    if one.along is not None and one.direction_source == "gradient":
+        said += f". {one.along} was trained along directions of the gradient, which are not those counted here"
+    return f"{said}. {_held(one)}"
+
+
+def _held(one: Exploration) -> str:
+    """What the best directions hold, beside the TSDs."""
+    best, gradient = (
+        mean_of([getattr(weight, name) for weight in one.weights]) for name in ("best_energy", "gradient_energy")
+    )
+    tsd = _percent([weight.choices()["tsd"].energy for weight in one.weights])
+    if best is None:
+        return f"In size, these directions hold {tsd} of ‖ΔW‖²."
+    known = f", those of the gradient that it was trained along {_percent(gradient)}" if gradient is not None else ""
+    return f"In size, these directions hold {tsd} of ‖ΔW‖², the best as many of ΔW itself {_percent(best)}{known}."
+
+
 def _facts(one: Exploration, random: Exploration) -> list[list[str]]:
     """The numbers beside the finding, as (value, what it is); `random` is its random change."""
     if not one.weights:
         return []
     strongest = max(one.weights, key=lambda weight: weight.rates.max())
+    at = int(strongest.rates.argmax())
+    sigma, middle = float(strongest.sigma[at]), float(np.median(strongest.sigma))
+    tiny = ": a tiny σ makes any change look large" if sigma < 0.01 * middle else ""
     relative = [weight.change_norm / weight.weight_norm for weight in one.weights if weight.weight_norm > 0]
     facts = [
         [
-            _percent([w.choices()["tsd"].rate for w in random.weights]),
-            "of the rates: what as many directions carry under a random change of the same size",
+            _percent([w.choices()["tsd"].rate for w in one.weights]),
+            "of the rates are the TSDs’ (of as many under a random change of the same size: "
+            f"{_percent([w.choices()['tsd'].rate for w in random.weights])})",
         ],
         [_gini(one), f"Gini coefficient of the rates (0: all equal; of a random change: {_gini(random)})"],
         [
@@ -130,7 +179,11 @@ def _facts(one: Exploration, random: Exploration) -> list[list[str]]:
             "of the TSDs are simply the directions with the smallest singular values (of a random change: "
             f"{_last(random)})",
         ],
-        [f"{strongest.rates.max():.3g}", f"largest change rate, in {strongest.name}"],
+        [
+            _number(strongest.rates[at]),
+            f"times its σ is the largest change of a direction, in {strongest.name}, where σ is {sigma:.2g} and the "
+            f"weight’s median σ {middle:.2g}{tiny}",
+        ],
     ]
     return [*facts, [f"{np.mean(relative):.2g}", "mean relative change ‖ΔW‖ / ‖W‖"]] if relative else facts
 
@@ -147,6 +200,10 @@ def _last(one: Exploration) -> str:
 def _span(numbers: list[int]) -> str:
     low, high = min(numbers), max(numbers)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _percent(shares: Any) -> str:

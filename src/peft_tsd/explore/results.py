@@ -57,6 +57,9 @@ class WeightChange:
         random: As many positions, drawn at random with a fixed seed, for comparison.
         change_norm: ‖ΔW‖ (Frobenius).
         weight_norm: ‖W‖ (Frobenius).
+        best_energy: The part of ‖ΔW‖² in as many leading singular directions of ΔW itself, the most that so many
+            rank-one directions can hold; None where it is not known.
+        gradient_energy: The part of it along the directions of the gradient that the adapter holds; None without.
     """
 
     name: str
@@ -70,6 +73,8 @@ class WeightChange:
     random: IntArray
     change_norm: float
     weight_norm: float
+    best_energy: float | None = None
+    gradient_energy: float | None = None
 
     @property
     def k(self) -> int:
@@ -130,6 +135,9 @@ class Exploration:
         eps: ε of the change rate, in the unit of σ.
         weights: One entry a matched weight that changed, in the model's order.
         left_out: The names of weights that were not measured, and why.
+        along: The method, such as `"lora-tsd"`, of an adapter that was trained along directions, or started from them;
+            None for others.
+        direction_source: Whose these are, the weight's own or the gradient's; None without.
     """
 
     base: str
@@ -139,6 +147,8 @@ class Exploration:
     eps: float
     weights: tuple[WeightChange, ...]
     left_out: dict[str, str]
+    along: str | None = None
+    direction_source: str | None = None
 
     def __getitem__(self, name: str) -> WeightChange:
         for weight in self.weights:
@@ -168,7 +178,14 @@ def _randomly_changed(weight: WeightChange, eps: float, rng: np.random.Generator
     coordinates = rng.normal(0, weight.change_norm / np.sqrt(out * inner), weight.k)
     rates = np.abs(coordinates) / (weight.sigma + eps)
     directions = highest(rates, len(weight.directions))
-    return replace(weight, coordinates=coordinates, rates=rates, directions=directions)
+    return replace(
+        weight,
+        coordinates=coordinates,
+        rates=rates,
+        directions=directions,
+        best_energy=None,
+        gradient_energy=None,
+    )
 
 
 @dataclass(frozen=True)
@@ -232,6 +249,8 @@ def summary(
                 "kind": one.kind,
                 "num_directions": one.num_directions,
                 "eps": one.eps,
+                "along": one.along,
+                "direction_source": one.direction_source,
                 "mean": _means([_row(weight) for weight in one.weights]),
                 "random_change": _means([_row(weight) for weight in one.random_change().weights]),
                 "weights": [{**_identity(weight), **_row(weight)} for weight in one.weights],
@@ -275,7 +294,7 @@ def _identity(weight: WeightChange) -> dict[str, Any]:
     }
 
 
-def _row(weight: WeightChange) -> dict[str, float]:
+def _row(weight: WeightChange) -> dict[str, float | None]:
     choices = weight.choices()
     return {
         "change_norm": weight.change_norm,
@@ -286,9 +305,17 @@ def _row(weight: WeightChange) -> dict[str, float]:
         **{f"highest_{n}_rate": share for n, share in weight.concentration().items()},
         **{f"{name}_rate": share.rate for name, share in choices.items()},
         **{f"{name}_energy": share.energy for name, share in choices.items()},
+        "best_energy": weight.best_energy,
+        "gradient_energy": weight.gradient_energy,
         "mean_position": float(weight.positions.mean()),
     }
 
 
-def _means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]} if rows else {}
+def _means(rows: Sequence[dict[str, float | None]]) -> dict[str, float | None]:
+    return {key: mean_of([row[key] for row in rows]) for key in rows[0]} if rows else {}
+
+
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """The mean of those that are known; None without any."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None

@@ -1,13 +1,14 @@
 // The map of all weights.
 
-// What the map can show. A logarithmic scale where weights differ by orders of magnitude.
+// What the map can show. Parts of a whole on a scale from nothing to all, so that a colour means the same in every
+// report; a logarithmic scale where weights differ by orders of magnitude.
 const QUANTITIES = [
-  { key: "highest_8_rate", label: "Concentration: share of the 8 highest rates", text: percent },
-  { key: "gini", label: "Gini coefficient of the rates", text: (value) => value.toFixed(2) },
+  { key: "highest_8_rate", label: "Concentration: share of the 8 highest rates", text: percent, part: true },
+  { key: "gini", label: "Gini coefficient of the rates", text: (value) => value.toFixed(2), part: true },
   { key: "largest_rate", label: "Largest change rate", text: number, log: true },
-  { key: "core_energy", label: "Core energy: share of ‖ΔW‖² on all core directions", text: percent, log: true },
-  { key: "tsd_energy", label: "TSD energy: share of ‖ΔW‖² on the TSDs", text: percent, log: true },
-  { key: "mean_position", label: "Mean position of the TSDs (0 largest σ, 1 smallest)", text: (value) => value.toFixed(2) },
+  { key: "core_energy", label: "Core energy: share of ‖ΔW‖² on all core directions", text: percent, part: true },
+  { key: "tsd_energy", label: "TSD energy: share of ‖ΔW‖² on the TSDs", text: percent, part: true },
+  { key: "mean_position", label: "Mean position of the TSDs (0 largest σ, 1 smallest)", text: (value) => value.toFixed(2), part: true },
   { key: "relative_change", label: "Relative change ‖ΔW‖ / ‖W‖", text: number, log: true },
 ];
 
@@ -16,7 +17,8 @@ const grid = { rows: [], buttons: new Map() };
 const quantity = () => QUANTITIES[$("quantity").value];
 
 /** Where values lie on the colour scale, 0 to 1; the same scale for all models, so that they compare. */
-function scaleOf({ key, log }) {
+function scaleOf({ key, log, part }) {
+  if (part) return { from: 0, to: 1, useLog: false, part: (value) => value };
   const all = models.flatMap((model) => model.weights.map((weight) => weight[key])).filter(known);
   const positive = all.filter((value) => value > 0);
   const useLog = Boolean(log) && positive.length > 0;

@@ -83,7 +83,7 @@ function drawOverlap(colours) {
   }
   traces.push({ ...chanceLine(colours), x, y: byLayer((w) => chance[w]) });
   draw("overlap-layers", colours, traces, ["layer", { type: "category" }],
-    ["shared TSDs", { tickformat: ".0%", rangemode: "tozero" }], { showlegend: true });
+    ["shared TSDs", { tickformat: ".0%", range: [0, 1.03] }], { showlegend: true });
 }
 
 function showAgreement(weight, colours) {

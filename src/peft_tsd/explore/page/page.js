@@ -5,6 +5,8 @@ function showModel(model) {
   $("tuned").replaceChildren(...breakable(model.tuned));
   $("base").textContent = `${model.base} · ${model.kind} · ${counted(model.weights.length, "weight")} measured`;
   $("finding").textContent = model.finding;
+  $("meaning").textContent = model.meaning;
+  $("meaning-line").hidden = model.meaning === "";
   $("eps").textContent = number(model.eps);
   $("num-directions").textContent = model.num_directions;
   $("facts").replaceChildren(

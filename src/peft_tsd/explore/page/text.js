@@ -38,9 +38,11 @@ const row = (...cells) => element("tr", {}, ...cells);
 const head = (text, scope = "col") => element("th", { scope }, ...(scope === "row" ? breakable(text) : [text]));
 const cell = (text) => element("td", {}, text);
 
-function barCell(share, largest) {
+/** A share and its bar, on a scale from 0 to 100 %. */
+function barCell(share) {
+  if (!known(share)) return cell("–");
   const bar = element("i", { "aria-hidden": "true" });
-  bar.style.width = `calc(${largest > 0 ? share / largest : 0} * (100% - 1.4rem))`;
+  bar.style.width = `calc(${share} * (100% - 1.4rem))`;
   return element("td", { class: "bar-cell" }, percent(share), bar);
 }
 

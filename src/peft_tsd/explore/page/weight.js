@@ -53,19 +53,27 @@ const CHOICES = {
   tsd: "TSDs (highest rates)", top: "Top (largest σ)", bottom: "Bottom (smallest σ)", random: "At random",
 };
 
+// Pairs that are not of the weight's core, and so have no change rate.
+const OTHERS = { best: "Of ΔW itself (its largest)", gradient: "Of the gradient" };
+
 function showChoices(weight) {
   $("choices-lead").textContent =
     `What ${counted(weight.directions.length, "core direction")} carry, chosen in four ways: ` +
-    "of the sum of the change rates, and of ‖ΔW‖².";
-  const keys = Object.keys(CHOICES);
-  const overall = (key) => mean(shown.model.weights.map((other) => other[key]));
+    "of the sum of the change rates, and of ‖ΔW‖². Below them, as many rank-one directions that are not of the core.";
+  const others = Object.keys(OTHERS).filter((key) => shown.model.weights.some((other) => known(other[`${key}_energy`])));
+  const keys = [...Object.keys(CHOICES), ...others];
+  const overall = (key) => {
+    const values = shown.model.weights.map((other) => other[key]).filter(known);
+    return values.length > 0 ? mean(values) : null;
+  };
   const columns = [
     (key) => weight[`${key}_rate`], (key) => weight[`${key}_energy`],
     (key) => overall(`${key}_rate`), (key) => overall(`${key}_energy`),
   ].map((value) => Object.fromEntries(keys.map((key) => [key, value(key)])));
   const rows = keys.map((key) => {
-    const bars = columns.map((column) => barCell(column[key], Math.max(...Object.values(column))));
-    return element("tr", { class: key === "tsd" ? "strong" : null }, head(CHOICES[key], "row"), ...bars);
+    const bars = columns.map((column) => barCell(column[key]));
+    const name = CHOICES[key] ?? OTHERS[key];
+    return element("tr", { class: key === "tsd" ? "strong" : null }, head(name, "row"), ...bars);
   });
   fill($("choices"), ["Directions", "Rates", "‖ΔW‖²", "Rates", "‖ΔW‖²"], rows);
   const group = (text) => element("th", { scope: "colgroup", colspan: 2, class: "group" }, text);
