@@ -3,12 +3,68 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import shtab
+
+RECIPE = {"bash": "_peft_tsd_recipe", "zsh": "_peft_tsd_recipe"}
+
+COMPLETED_BY = {
+    **dict.fromkeys(("recipe", "name", "names"), RECIPE),
+    **dict.fromkeys(("adapter", "path", "out", "trajectory"), shtab.DIRECTORY),
+    **dict.fromkeys(("base", "tuned"), shtab.FILE),
+}
+"""What a shell completes an argument of that name by: the name of a recipe or a file, a folder, a file."""
+
+FUNCTIONS = {
+    "bash": """\
+_peft_tsd_recipe() {{
+  compgen -W "{recipes}" -- "$1"
+  compgen -f -- "$1"
+}}
+""",
+    "zsh": """\
+_peft_tsd_recipe() {{
+  _alternative 'recipes:recipe:({recipes})' 'files:file:_files'
+}}
+""",
+}
+
+
+class PrintCompletion(argparse.Action):
+    """Prints the script by which a shell completes the command, and ends the program."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None) -> None:
+        recipes = " ".join(sorted(path.stem for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml")))
+        completed = make_parser()
+        for action in _actions(completed):
+            if action.dest in COMPLETED_BY:
+                action.complete = COMPLETED_BY[action.dest]  # type: ignore[attr-defined]  # where shtab looks for it
+        print(shtab.complete(completed, shell=values, preamble=FUNCTIONS[values].format(recipes=recipes)))
+        parser.exit()
+
+
+def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """The arguments of a parser, and of its verbs."""
+    for action in parser._actions:
+        yield action
+        for verb in action.choices.values() if isinstance(action.choices, dict) else ():
+            yield from _actions(verb)
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="peft-tsd", description="Fine-tuning along task-specific directions.")
     parser.add_argument("--version", action="version", version=f"peft-tsd {version('peft-tsd')}")
+    parser.add_argument(
+        "--print-completion",
+        action=PrintCompletion,
+        choices=sorted(FUNCTIONS),
+        metavar="SHELL",
+        help="print the script with which bash or zsh completes this command",
+    )
     verbs = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = verbs.add_parser("train", help="train an adapter as a recipe says, and score it before and after")
