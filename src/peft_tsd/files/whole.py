@@ -20,11 +20,20 @@ def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=".part", dir=path.parent))
     try:
         fill(temporary)
-        temporary.chmod(0o755)  # mkdtemp's folder is for its owner's eyes only
+        # mkdtemp's folder, and safetensors' files, are for their owner's eyes only.
+        for place in [temporary, *temporary.rglob("*")]:
+            give_usual_mode(place)
         temporary.rename(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def give_usual_mode(path: Path) -> None:
+    """Give a file or folder the mode that a new one has in this process."""
+    mask = os.umask(0o077)  # which cannot be asked for without setting it
+    os.umask(mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def temporary_names(path: Path) -> str:
@@ -50,6 +59,7 @@ def write_file(path: Path, save: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".part-{path.name}")  # the ending tells some writers the format
     try:
         save(temporary)
+        give_usual_mode(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())  # so that a power cut leaves the old file or the new one
         temporary.replace(path)
