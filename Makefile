@@ -1,6 +1,7 @@
 # make demo        fine-tune a real language model with LoRA and with LoRA-TSD, side by side, from nothing but Python and make
 # make test        the checks, then the tests but for the long ones
 # make test-long   the tests that take long
+# make test-versions   some tests with the lowest and the newest versions that pyproject.toml admits; several GB
 # make check       ruff, the formatter's check and mypy
 # make docs        the documentation site, into site/; to read it: python3 -m http.server --directory site
 PYTHON ?= python3
@@ -10,7 +11,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # A worker takes another's tests when it has done its own, so that a module's fixtures are rarely made twice.
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --durations 20
 
-.PHONY: demo test test-long check docs clean
+# Tests of what other libraries' versions could break, which need no package of an extra.
+LIGHT := tests/models/test_versions.py tests/directions tests/tuner/test_stacked.py tests/tuner/test_layer.py \
+  tests/schedule/test_stepping.py tests/schedule/test_taken.py tests/export/test_lora.py
+
+.PHONY: demo test test-long test-versions check docs clean
 
 demo: $(VENV)/.train
 	$(BIN)/peft-tsd compare smollm2-family --methods lora,lora-tsd --seeds 0 --out comparisons/demo evaluation.every=25 evaluation.during=loss
@@ -21,6 +26,11 @@ test: $(VENV)/.dev check
 
 test-long: $(VENV)/.dev
 	$(PYTEST) -m long
+
+test-versions: .venv-lowest/.done .venv-newest/.done
+	for venv in .venv-lowest .venv-newest; do \
+	  HF_HUB_OFFLINE=1 $$venv/bin/python -m pytest -q -m "not long" $(LIGHT) || exit 1; \
+	done
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -47,5 +57,16 @@ $(VENV)/.docs: $(VENV)/.train
 	$(PIP) --editable '.[docs]'
 	touch $@
 
+.venv-lowest/.done: pyproject.toml tests/harness/lowest.py
+	$(PYTHON) -m venv $(@D)
+	$(PYTHON) tests/harness/lowest.py > $(@D)/versions.txt
+	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/versions.txt --editable . pytest hypothesis
+	touch $@
+
+.venv-newest/.done: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable . pytest hypothesis
+	touch $@
+
 clean:
-	rm -rf $(VENV) site
+	rm -rf $(VENV) .venv-lowest .venv-newest site

@@ -235,7 +235,7 @@ def test_what_is_not_a_tsd_adapter(tmp_path):
 def test_a_damaged_adapter(trained, tmp_path):
     trained.save_pretrained(tmp_path / "native")
     file = tmp_path / "native" / "adapter_model.safetensors"
-    whole = load_file(file)
+    whole = {key: value.clone() for key, value in load_file(file).items()}  # some releases map the file
     layer = "base_model.model.model.layers.0.self_attn.q_proj"
 
     def refuse(message, **changes):

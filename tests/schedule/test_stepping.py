@@ -63,6 +63,7 @@ def test_evaluation_and_gradient_checkpointing_change_nothing(tmp_path):
 
 
 def test_trl(tmp_path):
+    pytest.importorskip("trl")
     from datasets import Dataset as Table
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -279,9 +280,8 @@ def test_a_model_without_a_trainable_adapter(tmp_path, trained):
 
 def test_a_run_without_the_callback_says_so(tmp_path):
     run = trainer(tmp_path, callbacks=[])
-    run.train()
-    with pytest.warns(PrelaunchWarning, match="No step was ever counted: pass callbacks"):
-        run.model.save_pretrained(tmp_path / "adapter")
+    with pytest.warns(PrelaunchWarning, match="nobody counted, .*: pass callbacks"):
+        run.train()
 
 
 def test_a_run_too_short_says_so_before_it_starts(tmp_path):

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from ..directions.change import LowRank, check_matrix
 from ..directions.definitions import TaskSpecificDirections
@@ -27,7 +26,7 @@ from ..distributed.sharded import assign, is_sharded, shape_of, whole
 from .config import TsdConfig
 from .directed import LAYERS, DirectedLayer, Identified
 from .held import DashScalars, FixedDirections, sent_by_accelerate
-from .stacked import Factors, adapted_linear, add_product, autocasts
+from .stacked import Factors, adapted_linear, add_product, autocasts, is_bare
 
 INIT_ROW_NORM = 3**-0.5
 """Of the rows of A in PEFT's usual start, which draws from U(-1/√in, 1/√in): with it, a start from the gradient turns
@@ -366,7 +365,7 @@ class Linear(TsdLayer, lora.Linear):
     def _whole_forward(self, x: Tensor) -> Tensor | None:
         base = self.base_layer
         adapters = [adapter for adapter in self.active_adapters if adapter in self.lora_A]
-        if torch.compiler.is_compiling() or len(adapters) != 1 or not _is_bare(base):
+        if torch.compiler.is_compiling() or len(adapters) != 1 or not is_bare(base):
             return None
         (adapter,) = adapters
         weight, bias = base.weight, base.bias
@@ -375,19 +374,6 @@ class Linear(TsdLayer, lora.Linear):
         if autocasts(x.device.type) or not x.dtype == weight.dtype == self.lora_A[adapter].weight.dtype:
             return None
         return adapted_linear(x, weight, bias, self.factors(adapter))
-
-
-def _is_bare(base: nn.Module) -> bool:
-    """Whether calling `base` is `F.linear` with a frozen weight and nothing more: no hook sees its input or output."""
-    return (
-        type(base) is nn.Linear
-        and "forward" not in vars(base)  # where Accelerate's hooks put theirs
-        and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
-        and not _has_any_global_hook()  # type: ignore[no-untyped-call]
-        and type(base.weight.data) is Tensor
-        and not base.weight.requires_grad
-        and (base.bias is None or not base.bias.requires_grad)
-    )
 
 
 class Conv2d(TsdLayer, lora.Conv2d):

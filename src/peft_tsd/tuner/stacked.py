@@ -17,8 +17,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as torch_module
+
+GLOBAL_HOOKS = tuple(f"_global_{when}_hooks" for when in ("forward", "forward_pre", "backward", "backward_pre"))
+"""What `register_module_forward_hook` and its like fill; torch 2.6 has no function that asks for all."""
 
 
 class Factors(NamedTuple):
@@ -77,6 +81,19 @@ def add_product(result: Tensor, x: Tensor, factors: Factors) -> Tensor:
         return _add_product(result, x, factors)[0]
     out: Tensor = _AddProduct.apply(result, x, None, None, *factors)  # type: ignore[no-untyped-call]
     return out
+
+
+def is_bare(base: nn.Module) -> bool:
+    """Whether calling `base` is `F.linear` with a frozen weight and nothing more: no hook sees its input or output."""
+    return (
+        type(base) is nn.Linear
+        and "forward" not in vars(base)  # where Accelerate's hooks put theirs
+        and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+        and not any(getattr(torch_module, hooks) for hooks in GLOBAL_HOOKS)
+        and type(base.weight.data) is Tensor
+        and not base.weight.requires_grad
+        and (base.bias is None or not base.bias.requires_grad)
+    )
 
 
 def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
