@@ -114,3 +114,7 @@ def test_at_each_rate_the_summary_compares_with_lora_at_that_rate():
     found = {summary.group.label: summary for summary in summarize(rows())}
     at = found["ours r4, learning_rate=0.001"].held_out.against_lora
     assert at.difference.mean == pytest.approx((-0.4 - 0.4 - 0.2) / 3)
+
+
+def test_a_column_of_one_letter_has_a_rule():
+    assert markdown(["x", "p"], [["a", ""]]).splitlines()[1] == "| -- | -: |"

@@ -145,7 +145,8 @@ def legend(plan: Plan, rows: Sequence[Mapping[str, Any]], tuned: Sequence[Mappin
 
 def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table with aligned columns; the first is text, the others are numbers."""
-    widths = [max(map(len, column)) for column in zip(heads, *lines)]
+    # A rule of one colon, without a dash, would be no table.
+    widths = [max(2, *map(len, column)) for column in zip(heads, *lines)]
 
     def line(cells: Sequence[str]) -> str:
         padded = [cells[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:]))]
