@@ -16,7 +16,7 @@ from ..tuner.directed import DirectedLayer
 from ..tuner.phase import adapted_layers, check_one_phase, config_of, phase_of, steps_taken, warn_in_prelaunch
 from ..tuner.settings import DirectionSettings
 from ..tuner.zero_checkpoints import restore
-from .curves import curves
+from .curves import curves, number_of_directions
 from .gradients import Loss, loss_of_output, random_states_kept
 from .moments import check_groups
 from .prelaunch import checks_made
@@ -80,6 +80,7 @@ class TsdCallback(TrainerCallback):
         self._began = 0.0
         self._checks_seconds = 0.0
         self._logged = 0
+        self._numbers: dict[str, int] = {}
         self._added = False
 
     def add_to(self, trainer: Any) -> TsdCallback:
@@ -221,7 +222,10 @@ class TsdCallback(TrainerCallback):
         shown: dict[str, float] = {}
         for _, layers, adapter in trained:
             ending = f"_{adapter}" if len(trained) > 1 else ""
-            shown |= {name + ending: value for name, value in curves(layers, adapter).items()}
+            if adapter not in self._numbers and phase_of(layers, adapter) == "dash":
+                self._numbers[adapter] = number_of_directions(layers, adapter)
+            found = curves(layers, adapter, self._numbers.get(adapter, 0))
+            shown |= {name + ending: value for name, value in found.items()}
         for made in self.transitions[self._logged :]:
             shown |= {"tsd_transition_step": made["step"], "tsd_transition_seconds": made["seconds"]}
         self._logged = len(self.transitions)
