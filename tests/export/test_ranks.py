@@ -39,7 +39,7 @@ UNEQUAL = {
     "rank_pattern": {"rank_pattern": {"v_proj": 2, "layers.1.mlp.down_proj": 6}},
     "alpha_pattern": {"rank_pattern": {"v_proj": 3}, "alpha_pattern": {"v_proj": 7}},
     "rslora": {"use_rslora": True, "rank_pattern": {"q_proj": 3}},
-    "budget": {"direction_budget": "global", "num_directions": 3, "max_directions": 9},
+    "budget": {"method": "lora-dash", "direction_budget": "global", "num_directions": 3, "max_directions": 9},
 }
 
 
@@ -75,7 +75,7 @@ def test_ranks_that_servers_take():
 
 def test_a_rank_that_is_asked_for_is_had(tmp_path):
     """For servers that want 16 where 8 would do."""
-    model = unequal({"method": "lora-init", "init_reading": "orthonormal"})
+    model = unequal({"method": "lora-init", "init_reading": "orthonormal", "keep_prelaunch": False})
     assert export_lora(model, tmp_path / "8").rank == 8
     report = export_lora(model, tmp_path / "16", rank=16)
     assert (report.rank, set(report.ranks.values())) == (16, {4})
