@@ -18,13 +18,6 @@ from support.runs import interrupt_at, run
 METHODS = ("lora-ga", "eva")
 
 
-@pytest.fixture
-def place(tmp_path):
-    text_models.llama_folder(tmp_path / "model")
-    text_models.jsonl(tmp_path / "data.jsonl", text_models.rows(20))
-    return tmp_path
-
-
 def tensors(result):
     return load_file(result.folder.adapter / WEIGHTS)
 

@@ -28,15 +28,6 @@ from support.runs import assert_same_result, interrupt_at, run
 from support.waiting import signalled
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """The folder one is in, with a tiny Llama and 20 rows of data."""
-    monkeypatch.chdir(tmp_path)
-    text_models.llama_folder(tmp_path / "model")
-    text_models.jsonl(tmp_path / "data.jsonl", text_models.rows(20))
-    return tmp_path
-
-
 def test_a_run_leaves_everything(place):
     result = run(text_models.write_recipe(place))
     folder = RunFolder(place / "run")

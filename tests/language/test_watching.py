@@ -15,14 +15,6 @@ from support.runs import assert_same_result, interrupt_at, run
 from support.trainers import trainer
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    text_models.llama_folder(tmp_path / "model")
-    text_models.jsonl(tmp_path / "data.jsonl", text_models.rows(20))
-    return tmp_path
-
-
 def scalars(folder) -> dict[str, dict[int, float]]:
     """What TensorBoard's own reader finds: values by step, by tag."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -52,8 +44,13 @@ def test_tensorboard_shows_the_phase_the_transition_and_the_evaluations(place):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"method": "lora-init"}, {"direction_budget": "global", "max_directions": 7}, {"prelaunch_steps": 0}],
-    ids=["no dash", "spread", "from gradients"],
+    [
+        {"method": "lora-init"},
+        {"direction_budget": "global", "max_directions": 7},
+        {"prelaunch_steps": 0},
+        {"r": 4, "num_directions": 2},
+    ],
+    ids=["no dash", "spread", "from gradients", "a start along more than are learned along"],
 )
 def test_ones_own_trainer_shows_them_too(tmp_path, changes):
     model = get_peft_model(tiny.llama(), tiny.config(**{"prelaunch_steps": 4, **changes}))

@@ -8,7 +8,6 @@ import torch
 
 from ..distributed.sharded import whole
 from ..tuner.directed import DirectedLayer
-from ..tuner.held import used_columns
 from ..tuner.phase import phase_of
 
 
@@ -36,5 +35,4 @@ def curves(layers: Mapping[str, DirectedLayer], adapter: str, number: int) -> di
 
 def number_of_directions(layers: Mapping[str, DirectedLayer], adapter: str) -> int:
     """Directions along which the layers learn: none before the transition, and of LoRA-Init."""
-    held = [layer.fixed(adapter).u for layer in layers.values()]
-    return sum(int(used_columns(u).sum()) for u in held if u is not None)
+    return sum(layer.fixed(adapter).num_along for layer in layers.values())
