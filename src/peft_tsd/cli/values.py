@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import InputError
 from ..recipes.reading import parse_yaml
 
+T = TypeVar("T", int, float)
+
 
 def numbers(option: str, given: str | None) -> list[int] | None:
-    if given is None:
-        return None
-    try:
-        return [int(number) for number in given.split(",")]
-    except ValueError:
-        raise InputError(f"{option}={given!r} must be whole numbers with commas between, such as 4,8") from None
+    return _listed(int, option, given, "whole numbers with commas between, such as 4,8")
 
 
 def rates(option: str, given: str | None) -> list[float] | None:
+    return _listed(float, option, given, "numbers with commas between, such as 1e-4,1e-3")
+
+
+def _listed(kind: type[T], option: str, given: str | None, meant: str) -> list[T] | None:
     if given is None:
         return None
     try:
-        return [float(number) for number in given.split(",")]
+        return [kind(number) for number in given.split(",")]
     except ValueError:
-        raise InputError(f"{option}={given!r} must be numbers with commas between, such as 1e-4,1e-3") from None
+        raise InputError(f"{option}={given!r} must be {meant}") from None
 
 
 def values_of(option: str, given: str) -> tuple[str, list[Any]]:
