@@ -11,19 +11,21 @@ TRL packs the rows (`pack_dataset`, best fit decreasing, no conversation split) 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from jinja2 import TemplateError
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import RecipeError, did_you_mean, one_line
 from ..sections import Data, Task
 from .cut import Cut
 from .decoding import write_texts
-from .generation import IGNORED, Batch, normalize
-from .sources import Row, stored
+from .generation import IGNORED, Batch, Causal, normalize
+from .sources import Row, stored, unseen
 
 Turn = tuple[str, str]
 """The role and what it says."""
@@ -57,19 +59,18 @@ def load_conversations(data: Data, seed: int) -> tuple[list[Conversation], list[
     """
     rows, test_rows = stored(data, seed)
     train = [_conversation(row, number, data) for number, row in enumerate(rows, 1)]
-    seen = {one.asked for one in train}
-    test: list[Conversation] = []
-    for number, row in enumerate(test_rows, 1):
-        one = _conversation(row, number, data)
-        if one.asked not in seen and len(test) < (data.test_size or len(test_rows)):
-            seen.add(one.asked)
-            test.append(one)
+    fresh = unseen([_conversation(row, number, data) for number, row in enumerate(test_rows, 1)], train, _asked)
+    test = list(islice(fresh, data.test_size))
     if not train or not test:
         raise RecipeError(
             f"data.name={data.name!r} gives {len(train)} conversations to train on and {len(test)} to score on, not "
             "counting those trained on; both need one at least"
         )
     return train, test
+
+
+def _asked(conversation: Conversation) -> tuple[Turn, ...]:
+    return conversation.asked
 
 
 def _conversation(row: Row, number: int, data: Data) -> Conversation:
@@ -95,10 +96,9 @@ def _conversation(row: Row, number: int, data: Data) -> Conversation:
     return Conversation(tuple(turns[:-1]), Said(turns[-1][1], answer or None))
 
 
-class Chat:
+class Chat(Causal):
     """The loss is taken on the assistant's turns alone, with what ends them."""
 
-    peft_task_type = "CAUSAL_LM"
     loses = "their end"
     """What a row too long loses."""
 
@@ -106,14 +106,6 @@ class Chat:
         self._task = task
         self._has_answers = bool(tests) and all(one.said.answer is not None for one in tests)
         self.metric = "exact_match" if self._has_answers else "token_accuracy"
-
-    @property
-    def auto_class(self) -> Any:
-        return AutoModelForCausalLM
-
-    @property
-    def config_fields(self) -> dict[str, Any]:
-        return {}
 
     def encode(
         self,
@@ -150,18 +142,14 @@ class Chat:
         pad = tokenizer.pad_token_id
 
         def collate(rows: Sequence[Batch]) -> Batch:
-            width = max(len(row["input_ids"]) for row in rows)
-            batch = {
-                "input_ids": torch.full((len(rows), width), pad),
-                "attention_mask": torch.zeros((len(rows), width), dtype=torch.long),
-                "labels": torch.full((len(rows), width), IGNORED),
+            def padded(values: Iterable[list[int]], fill: int) -> torch.Tensor:
+                return pad_sequence([torch.tensor(one) for one in values], batch_first=True, padding_value=fill)
+
+            return {
+                "input_ids": padded((row["input_ids"] for row in rows), pad),
+                "attention_mask": padded(([1] * len(row["input_ids"]) for row in rows), 0),
+                "labels": padded((row["labels"] for row in rows), IGNORED),
             }
-            for i, row in enumerate(rows):
-                length = len(row["input_ids"])
-                batch["input_ids"][i, :length] = torch.tensor(row["input_ids"])
-                batch["attention_mask"][i, :length] = 1
-                batch["labels"][i, :length] = torch.tensor(row["labels"])
-            return batch
 
         return collate
 

@@ -39,17 +39,10 @@ EXACT_MATCH = Reading("exact_match", lambda example, text: normalize(text) == no
 """Right is the answer and nothing else, after `normalize`."""
 
 
-class Generation:
-    """A prompt is followed by the answer and the end token; the loss is taken on these two alone."""
+class Causal:
+    """What every family has whose model writes."""
 
     peft_task_type = "CAUSAL_LM"
-    loses = "the beginning of their prompt; answers stay whole"
-    """What a row too long loses."""
-
-    def __init__(self, task: Task, reading: Reading = EXACT_MATCH) -> None:
-        self._task = task
-        self._reading = reading
-        self.metric = reading.metric
 
     @property
     def auto_class(self) -> Any:
@@ -58,6 +51,18 @@ class Generation:
     @property
     def config_fields(self) -> dict[str, Any]:
         return {}
+
+
+class Generation(Causal):
+    """A prompt is followed by the answer and the end token; the loss is taken on these two alone."""
+
+    loses = "the beginning of their prompt; answers stay whole"
+    """What a row too long loses."""
+
+    def __init__(self, task: Task, reading: Reading = EXACT_MATCH) -> None:
+        self._task = task
+        self._reading = reading
+        self.metric = reading.metric
 
     def encode(
         self,

@@ -6,16 +6,18 @@ import csv
 import json
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ...errors import RecipeError, did_you_mean
 from ..sections import Data
 
 Row = dict[str, Any]
+
+T = TypeVar("T")
 
 
 class Example(NamedTuple):
@@ -40,8 +42,8 @@ def load_examples(data: Data, prompt: str, seed: int) -> tuple[list[Example], li
         return _generated(data, prompt, seed)
     rows, test_rows = stored(data, seed)
     train = [_example(row, prompt, data.answer) for row in rows]
-    seen = {example.prompt for example in train}
-    test = list(islice(_unseen((_example(row, prompt, data.answer) for row in test_rows), seen), data.test_size))
+    fresh = unseen((_example(row, prompt, data.answer) for row in test_rows), train, _prompt_of)
+    test = list(islice(fresh, data.test_size))
     if not train or not test:
         raise RecipeError(
             f"data.name={data.name!r} gives {len(train)} rows to train on and {len(test)} to score on, not counting "
@@ -58,9 +60,9 @@ def _generated(data: Data, prompt: str, seed: int) -> tuple[list[Example], list[
     train_seed, test_seed = (random.Random(f"{seed} {part}").getrandbits(31) for part in ("train", "test"))
     train_rows = _generator(data, train_seed, data.train_size)
     train = [_example(row, prompt, data.answer) for row in train_rows]
-    seen = {example.prompt for example in train}
     tries = 20 * data.test_size
-    fresh = _unseen((_example(row, prompt, data.answer) for row in _generator(data, test_seed, tries)), seen)
+    rows = _generator(data, test_seed, tries)
+    fresh = unseen((_example(row, prompt, data.answer) for row in rows), train, _prompt_of)
     test = list(islice(fresh, data.test_size))
     if len(test) < data.test_size:
         raise RecipeError(
@@ -93,12 +95,17 @@ def _generator(data: Data, seed: int, size: int) -> Iterator[Row]:
         raise RecipeError(f"data.parameters={data.parameters!r}: {data.generator} refuses them: {error}") from None
 
 
-def _unseen(examples: Iterable[Example], seen: set[str]) -> Iterator[Example]:
-    seen = set(seen)
+def unseen(examples: Iterable[T], trained: Iterable[T], asked: Callable[[T], Hashable]) -> Iterator[T]:
+    """Those examples that ask what none of the `trained` ones asks, nor one before them."""
+    seen = set(map(asked, trained))
     for example in examples:
-        if example.prompt not in seen:
-            seen.add(example.prompt)
+        if asked(example) not in seen:
+            seen.add(asked(example))
             yield example
+
+
+def _prompt_of(example: Example) -> str:
+    return example.prompt
 
 
 def fill_prompt(prompt: str, row: Row) -> str:
