@@ -23,11 +23,7 @@ METHODS = [
 def over_the_transition(model, from_gradients: bool = False) -> tuple[float, float]:
     """The loss of a fixed batch right before the transition and right after it."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for step in range(2 if not from_gradients else 3):
-        tiny.language_loss(model, step).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        advance(model, optimizer)
+    tiny.train(model, 3 if from_gradients else 2, optimizer=optimizer)
     if from_gradients:
         before = tiny.language_loss(model, 0).item()
         identify_from_gradients(model, BATCHES, optimizer)
@@ -55,11 +51,7 @@ def test_the_loss_after_the_transition_of_a_default_is_that_before_it(method, re
 def test_a_first_step_goes_down_from_what_was_learned():
     model = get_peft_model(tiny.llama(), tiny.config(direction_source="gradient"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for step in range(3):
-        tiny.language_loss(model, step).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        advance(model, optimizer)
+    tiny.train(model, 3, optimizer=optimizer)
     before = sum(model(**batch).loss.item() for batch in BATCHES)
     identify_from_gradients(model, [*BATCHES, *BATCHES], optimizer)
     assert sum(model(**batch).loss.item() for batch in BATCHES) < before
