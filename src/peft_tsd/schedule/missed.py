@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..distributed.sharded import is_main_process
 from ..tuner.directed import LAYERS, DirectedLayer
-from ..tuner.phase import PrelaunchWarning
+from ..tuner.phase import PrelaunchWarning, how_to_get_directions
 from ..tuner.settings import DirectionSettings
 
 
@@ -104,16 +104,10 @@ def _say_not_counted(config: DirectionSettings, adapter: str) -> None:
     config.prelaunch_notice_given = True
     if not is_main_process():
         return
-    remedy = (
-        "with prelaunch_steps=0 they come from gradients: pass callbacks=[TsdCallback()] to the Trainer, or call "
-        "identify_from_gradients(model, batches) before the first step of your own loop."
-        if config.prelaunch_steps == 0
-        else "pass callbacks=[TsdCallback()] to the Trainer, or call advance(model, optimizer) after each optimizer "
-        "step of your own loop."
-    )
+    why = "with prelaunch_steps=0 they come from gradients: " if config.prelaunch_steps == 0 else ""
     warnings.warn(
         f"Adapter {adapter!r} ({config.method}) took an optimizer step that nobody counted, and stays in pre-launch, "
-        f"without task-specific directions: {remedy}",
+        f"without task-specific directions: {why}{how_to_get_directions(config)}",
         PrelaunchWarning,
         stacklevel=4,
     )

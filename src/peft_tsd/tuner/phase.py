@@ -65,6 +65,16 @@ def prelaunch_length(config: DirectionSettings) -> str:
     return f"{'at most ' * (config.prelaunch_steps in (None, 'auto'))}{config.longest_prelaunch}"
 
 
+def how_to_get_directions(config: DirectionSettings) -> str:
+    """What to do where nobody runs the schedule, for messages."""
+    call = (
+        "identify_from_gradients(model, batches) before the first step"
+        if config.prelaunch_steps == 0
+        else "advance(model, optimizer) after each optimizer step"
+    )
+    return f"pass callbacks=[TsdCallback()] to the Trainer, or call {call} of your own loop."
+
+
 class PrelaunchWarning(UserWarning):
     """An adapter is used as finished while it is still the plain LoRA of its pre-launch."""
 
@@ -99,15 +109,9 @@ def warn_in_prelaunch(
             "pre-launch end before the first evaluation."
         )
     elif config.prelaunch_steps == 0:
-        cause = (
-            "With prelaunch_steps=0 it takes them from gradients: pass callbacks=[TsdCallback()] to the Trainer, or "
-            "call identify_from_gradients(model, batches) before the first step of your own loop."
-        )
+        cause = f"With prelaunch_steps=0 it takes them from gradients: {how_to_get_directions(config)}"
     elif steps == 0:
-        cause = (
-            "No step was ever counted: pass callbacks=[TsdCallback()] to the Trainer, or call "
-            "advance(model, optimizer) after each optimizer step of your own loop."
-        )
+        cause = f"No step was ever counted: {how_to_get_directions(config)}"
     else:
         lower = "prelaunch_max" if config.prelaunch_steps == "auto" else "prelaunch_steps"
         length = prelaunch_length(config)
