@@ -26,6 +26,10 @@ from transformers import (
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
+# Of an optimizer with which any run diverges on any processor: A grows by 1e30 a step and overflows at the second.
+# (A large rate alone need not: a hidden state whose square overflows is normalized to zero.)
+DIVERGES = {"learning_rate": 1e15, "weight_decay": 1e15, "max_grad_norm": 0.0}
+
 
 def rows(count: int, start: int = 0) -> list[dict[str, str]]:
     """Questions of varying length with answers of one or more tokens."""
