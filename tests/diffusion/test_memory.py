@@ -61,6 +61,7 @@ def test_too_little_memory_says_what_would_help():
         check_memory(need, 2**30, 4, 64, checkpointing=True)
 
 
+@pytest.mark.long
 def test_recipes_are_counted_without_weights(capsys):
     """SDXL's UNet: 140 attentions of four projections, as many numbers as the sum of their sides times the rank."""
     assert main(["recipes", "check", "dreambooth-sdxl"]) == 0

@@ -93,6 +93,7 @@ def test_two_processes(tmp_path):
             assert_same_spaces(result, expected)
 
 
+@pytest.mark.long
 def test_two_forward_passes_before_a_backward_pass(tmp_path):
     """What DDP writes to in between, no backward pass can use."""
     specs = [spec_of(tmp_path, "torch", "ddp", method, twice=True) for method in ("lora-tsd", "loha")]
@@ -243,6 +244,7 @@ def test_one_process_that_fails_ends_all_and_the_last_checkpoint_is_whole(tmp_pa
     assert_same(*train(2, spec), whole("ddp")[1])
 
 
+@pytest.mark.long
 def test_a_process_that_fails_at_the_transition_tells_the_others(tmp_path):
     done = launch(2, spec_of(tmp_path, "torch", "fsdp2", out_of_memory=1))
     assert done.returncode != 0
