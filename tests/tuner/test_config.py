@@ -55,6 +55,7 @@ def test_it_survives_saving(tmp_path):
         ({"num_directions": True}, "got True"),
         ({"dash_lr_ratio": 0}, "dash_lr_ratio must be a positive, finite number; got 0"),
         ({"dash_lr_ratio": float("nan")}, "got nan"),
+        ({"dash_lr_ratio": 10**400}, "dash_lr_ratio must be a positive, finite number; got 1000"),
         ({"dash_unit": "sigmas"}, "dash_unit must be one of one, sigma, layer; got .sigmas.. Did you mean .sigma.?"),
         ({"selection": "last"}, "selection must be one of tsd, top"),
         ({"eps": float("inf")}, "eps must be a positive, finite number; got inf"),

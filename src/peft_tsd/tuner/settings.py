@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import InitVar, dataclass, field
@@ -120,7 +121,7 @@ class DirectionSettings:
                 f"prelaunch_max={self.prelaunch_max} is less than prelaunch_min={self.prelaunch_min}; give the fewest "
                 "and the most steps of an automatic pre-launch."
             )
-        _check_positive_float("settled_agreement", self.settled_agreement)
+        self.settled_agreement = _positive_float("settled_agreement", self.settled_agreement)
         if self.settled_agreement > 1:
             raise ValueError(f"settled_agreement is a part, at most 1; got {self.settled_agreement!r}.")
         check_positive_int("num_directions", self.num_directions, "the number of directions a layer")
@@ -132,8 +133,8 @@ class DirectionSettings:
                     f"num_directions; got direction_budget={self.direction_budget!r}, "
                     f"num_directions={self.num_directions}."
                 )
-        _check_positive_float("dash_lr_ratio", self.dash_lr_ratio)
-        _check_positive_float("eps", self.eps)
+        self.dash_lr_ratio = _positive_float("dash_lr_ratio", self.dash_lr_ratio)
+        self.eps = _positive_float("eps", self.eps)
         if self.direction_budget == "global" and self.selection != "tsd":
             raise ValueError(
                 f"direction_budget='global' goes by change rates, and selection={self.selection!r} does not; use "
@@ -259,6 +260,8 @@ def check_positive_int(name: str, value: Any, meaning: str) -> None:
         raise ValueError(f"{name} must be a positive integer, {meaning}; got {value!r}.")
 
 
-def _check_positive_float(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+def _positive_float(name: str, value: Any) -> float:
+    # A whole number that no float holds fails where it meets a tensor.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
         raise ValueError(f"{name} must be a positive, finite number; got {value!r}.")
+    return float(value)
