@@ -8,7 +8,6 @@ import time
 
 import pytest
 import torch
-from filelock import FileLock
 from safetensors.torch import load_file
 
 from peft_tsd.cli.main import main
@@ -16,9 +15,7 @@ from peft_tsd.compare import METHODS, compare, make_plan
 from peft_tsd.errors import InputError
 from peft_tsd.runs.folder import RunFolder
 from support import text_models
-
-# What a run measures rather than computes.
-MEASURED = {"seconds", "seconds_per_step", "peak_memory_bytes", "phase_change"}
+from support.comparisons import computed
 
 
 @pytest.fixture
@@ -26,14 +23,6 @@ def place(tmp_path):
     text_models.llama_folder(tmp_path / "model")
     text_models.jsonl(tmp_path / "data.jsonl", text_models.rows(30))
     return tmp_path
-
-
-def computed(out):
-    content = json.loads((out / "results.json").read_text())
-    return [
-        [{key: value for key, value in row.items() if key not in MEASURED} for row in content[part]]
-        for part in ("runs", "tuned")
-    ]
 
 
 @pytest.mark.long
@@ -144,13 +133,6 @@ def test_a_folder_of_other_runs_is_refused(place):
     with pytest.raises(InputError, match=r"optimizer.learning_rate=0.5 differs from 0.01"):
         compare(other, place / "out")
     assert not (place / "out" / "runs" / "lora-r2" / "seed-1").exists()
-
-
-def test_a_folder_in_use_is_refused(place):
-    plan = make_plan(str(text_models.write_recipe(place)), methods=["lora"], seeds=[0])
-    (place / "out").mkdir()
-    with FileLock(place / "out" / ".lock"), pytest.raises(InputError, match="is being worked on by another process"):
-        compare(plan, place / "out")
 
 
 @pytest.mark.parametrize(

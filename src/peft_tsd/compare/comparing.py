@@ -5,12 +5,16 @@ tune/…          those that chose a setting, scored on rows held out of trainin
 results.json    one row a run with all its settings, and what they came to
 results.md      the table
 report.html     the table and the curves, in one file that opens offline
-runs.log        what the runs printed
+runs.log        what the runs printed; those of a comparison that joins another, in runs-MACHINE-NUMBER.log
+
+Several may be at work in one folder, and share out the runs (`sharing`).
 """
 
 from __future__ import annotations
 
 import json
+import os
+import platform
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,12 +23,13 @@ from typing import Any, NamedTuple
 from ..errors import InputError
 from ..files.whole import write_text
 from ..language.preparing import check
-from ..runs.folder import RunFolder, locked
+from ..runs.folder import RunFolder
 from .grid import grids
 from .plan import Cell, Plan
 from .report import check_installed, render
 from .results import Summary, failed_row, row_of, summarize
 from .running import Run, Stopped, finished, run_all
+from .sharing import at_work, writing
 from .tables import document
 
 
@@ -43,10 +48,12 @@ class Comparison(NamedTuple):
 def compare(plan: Plan, out: Path, *, jobs: int = 1, command: str = "") -> Comparison:
     """Do what is left of a comparison, and write what all of it came to.
 
+    Others may do the same in the same folder at the same time: each run is done by one of them, and all wait for all.
+
     Args:
         plan: From `make_plan`.
         out: Its folder; what lies there of the same plan, or of a smaller one, is used and not done again.
-        jobs: Runs at a time.
+        jobs: Runs at a time, each on a GPU of its own where there are as many.
         command: What the user typed, for the results.
 
     Raises:
@@ -58,8 +65,7 @@ def compare(plan: Plan, out: Path, *, jobs: int = 1, command: str = "") -> Compa
         raise InputError(f"--jobs must be 1 or more; got {jobs}")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with locked(out, "--out"):
-            return _compare(plan, out, jobs, command)
+        return _compare(plan, out, jobs, command)
     except OSError as error:
         raise InputError(f"--out={str(out)!r} cannot be written: {error}; name another folder") from None
 
@@ -75,20 +81,26 @@ def _compare(plan: Plan, out: Path, jobs: int, command: str) -> Comparison:
         for cell, value in trials
     ]
     cells = plan.cells()
-    _check(plan, out, [*trial_runs, *_runs(plan, out, cells, {})])
+    all_runs = [*trial_runs, *_runs(plan, out, cells, {})]
+    _check(plan, out, all_runs)
     errors: dict[str, str] = {}
     best: dict[Cell, Any] = {}
     runs: list[Run] = []
-    try:
-        if trial_runs:
-            errors |= run_all(trial_runs, at_once=jobs, log=out / "runs.log", title="tuning")
-            best = _best(trials, trial_runs, errors)
-        runs = _runs(plan, out, cells, best)
-        errors |= run_all(runs, at_once=jobs, log=out / "runs.log", title="comparing")
-    except Stopped:
-        _write(plan, out, cells, runs, trials, trial_runs, errors, command)
-        raise
-    return _write(plan, out, cells, runs, trials, trial_runs, errors, command)
+    settings = {
+        Path(run.recipe.output).relative_to(out).as_posix(): run.recipe.model_dump(mode="json") for run in all_runs
+    }
+    with at_work(out, settings) as joins:
+        log = out / (f"runs-{platform.node()}-{os.getpid()}.log" if joins else "runs.log")
+        try:
+            if trial_runs:
+                errors |= run_all(trial_runs, at_once=jobs, log=log, title="tuning")
+                best = _best(trials, trial_runs, errors)
+            runs = _runs(plan, out, cells, best)
+            errors |= run_all(runs, at_once=jobs, log=log, title="comparing")
+        except Stopped:
+            _write(plan, out, cells, runs, trials, trial_runs, errors, command)
+            raise
+        return _write(plan, out, cells, runs, trials, trial_runs, errors, command)
 
 
 def _runs(plan: Plan, out: Path, cells: Sequence[Cell], best: dict[Cell, Any]) -> list[Run]:
@@ -146,9 +158,11 @@ def _write(
         "summary": [summary._asdict() for summary in summaries],
         "grid": [grid._asdict() for grid in grids(rows)],
     }
-    write_text(out / "results.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    write_text(out / "results.md", text)
-    write_text(out / "report.html", render(plan, rows, tuned, summaries, command))
+    page = render(plan, rows, tuned, summaries, command)
+    with writing(out):
+        write_text(out / "results.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        write_text(out / "results.md", text)
+        write_text(out / "report.html", page)
     return Comparison(rows, tuned, summaries, text)
 
 

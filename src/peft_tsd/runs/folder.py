@@ -43,7 +43,7 @@ _PROGRESS: dict[str, type | tuple[type, ...]] = {
 }
 
 # What may differ when a run is continued: it changes where results lie and how much memory is used, not the results.
-_MAY_DIFFER = {"output", "description", "evaluation.batch_size", "training.report_to"}
+MAY_DIFFER = {"output", "description", "evaluation.batch_size", "training.report_to"}
 
 # What a run of a method did that was begun before there was a key for it.
 _BEFORE = {method: {"directions.keep_prelaunch": False} for method in ("lora-init", "lora-tsd")}
@@ -89,14 +89,14 @@ class RunFolder:
             raise InputError(
                 f"resume=true, and output={str(self.path)!r} holds no run to continue; remove resume=true to begin one"
             )
-        begun = _flat(load_as(type(recipe), str(self.recipe)).model_dump())
-        said = _flat(yaml.safe_load(self.recipe.read_text(encoding="utf-8")))
+        begun = flat(load_as(type(recipe), str(self.recipe)).model_dump())
+        said = flat(yaml.safe_load(self.recipe.read_text(encoding="utf-8")))
         before = _BEFORE.get(str(begun.get("method")), {})
         begun |= {key: value for key, value in before.items() if key not in said}
-        now = _flat(recipe.model_dump())
+        now = flat(recipe.model_dump())
         # The labels of a classifier may come from its data, and are in the recipe that was kept.
         unsaid = {"task.labels"} if now.get("task.labels") is None else set()
-        for key in sorted((begun.keys() | now.keys()) - _MAY_DIFFER - unsaid):
+        for key in sorted((begun.keys() | now.keys()) - MAY_DIFFER - unsaid):
             if begun.get(key) != now.get(key):
                 raise InputError(
                     f"resume=true, and {key}={now.get(key)!r} differs from {begun.get(key)!r}, with which the run in "
@@ -238,11 +238,12 @@ def _json(content: Any) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The keys of a recipe's sections with dots between them."""
+    found: dict[str, Any] = {}
     for key, value in content.items():
         if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            found[f"{prefix}{key}"] = value
+    return found
