@@ -3,6 +3,7 @@
 # make test-long   the tests that take long
 # make test-versions   some tests with the lowest and the newest versions that pyproject.toml admits; several GB
 # make check       ruff, the formatter's check and mypy
+# make gpu         on a machine with a GPU, by its own python3: does all of it work there, and how fast (nine minutes at most)
 # make docs        the documentation site, into site/; to read it: python3 -m http.server --directory site
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +16,7 @@ PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist works
 LIGHT := tests/models/test_versions.py tests/directions tests/tuner/test_stacked.py tests/tuner/test_layer.py \
   tests/schedule/test_stepping.py tests/schedule/test_taken.py tests/export/test_lora.py
 
-.PHONY: demo test test-long test-versions check docs clean
+.PHONY: demo test test-long test-versions check gpu docs clean
 
 demo: $(VENV)/.train
 	$(BIN)/peft-tsd compare smollm2-family --methods lora,lora-tsd --seeds 0 --out comparisons/demo evaluation.every=25 evaluation.during=loss
@@ -36,6 +37,9 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+gpu:
+	$(PYTHON) benchmarks/gpu.py
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
