@@ -122,7 +122,7 @@ def stored_bytes(base: nn.Module) -> int:
 
 
 def measure(load: Callable[[Path], Any], folder: Path) -> tuple[float, float, float, list[set[int]], int]:
-    config = TsdConfig(method="lora-dash", r=8, num_directions=NUM, target_modules=TARGETS)
+    config = TsdConfig(method="lora-dash", r=8, num_directions=NUM, target_modules=TARGETS, direction_source="weight")
     model = get_peft_model(load(folder).eval(), config)
     layers = [module for module in model.modules() if isinstance(module, TsdLayer)]
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""A loop of your own with Accelerate: call `advance` after each optimizer step, in every process.
+"""A loop of your own with Accelerate: directions from a few batches, and `advance` after each step, in every process.
 
 python examples/accelerate_loop.py                                          # a tiny random model, in seconds
 accelerate launch examples/accelerate_loop.py --model HuggingFaceTB/SmolLM2-135M-Instruct
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq
 
 import stand_in
-from peft_tsd import TsdConfig, advance, export_lora
+from peft_tsd import TsdConfig, advance, export_lora, identify_from_gradients
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", help="a hub name or a folder; without it, a tiny random one")
@@ -26,12 +26,14 @@ args = parser.parse_args()
 accelerator = Accelerator(gradient_accumulation_steps=2)
 base, tokenizer = stand_in.load(args.model)
 data = [stand_in.encode(tokenizer, row) for row in stand_in.questions()]
-config = TsdConfig(method="lora-dash", r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], prelaunch_steps=5)
+config = TsdConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
 model = get_peft_model(base, config)
 
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 loader = DataLoader(data, batch_size=8, shuffle=True, collate_fn=DataCollatorForSeq2Seq(tokenizer))
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+first = [batch for batch, _ in zip(loader, range(2), strict=False)]
+identify_from_gradients(model, first)  # the gradient of one, the length of the first step tried on the other
 
 for epoch in range(args.epochs):
     for batch in loader:
@@ -46,6 +48,6 @@ for epoch in range(args.epochs):
 
 model = accelerator.unwrap_model(model)
 if accelerator.is_main_process:
-    print(f"directions were identified after {model.directions().prelaunch_steps} steps")
+    print(model.directions())
     model.save_pretrained(f"{args.out}/adapter")
     print(export_lora(model, f"{args.out}/adapter-lora"))

@@ -37,7 +37,7 @@ trainer = SFTTrainer(
         bf16=torch.cuda.is_available(),  # TRL's default, which wants a GPU
         report_to="none",
     ),
-    peft_config=TsdConfig(r=8, lora_alpha=16, target_modules="all-linear", prelaunch_steps=max(1, args.steps // 4)),
+    peft_config=TsdConfig(r=8, lora_alpha=16, target_modules="all-linear"),
     callbacks=[TsdCallback()],
 )
 trainer.train()

@@ -23,13 +23,12 @@ args = parser.parse_args()
 base, tokenizer = stand_in.load(args.model)
 data = [stand_in.encode(tokenizer, row) for row in stand_in.questions()]
 
-# Directions are identified after a quarter of the steps. In a run of thousands, the default of 100 is the paper's.
+# The directions are those of the first batches' gradient; prelaunch_steps=100 would be the paper's way.
 config = TsdConfig(
     method="lora-tsd",
     r=8,
     lora_alpha=16,
     target_modules=["q_proj", "v_proj", "down_proj"],
-    prelaunch_steps=max(1, args.steps // 4),
     task_type="CAUSAL_LM",
 )
 model = get_peft_model(base, config)

@@ -1,12 +1,14 @@
 """The README's code runs as printed."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
+from peft_tsd import TsdConfig
 from support import tiny
 from support.places import ROOT
 
@@ -35,11 +37,13 @@ def test_the_trainer_snippet(names, tmp_path):
 
 
 def test_the_snippet_of_a_loop_of_ones_own():
-    model = get_peft_model(tiny.llama(), tiny.config(prelaunch_steps=1))
+    model = get_peft_model(tiny.llama(), TsdConfig(r=4, target_modules=tiny.LLAMA_TARGETS))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    batches = iter([{"input_ids": ids, "labels": ids} for ids in (tiny.tokens(2, 9), tiny.tokens(2, 9, seed=1))])
+    loss = SimpleNamespace(backward=lambda: tiny.language_loss(model, 0).backward())
     exec(
         block("advance(model, optimizer)"),
-        {"model": model, "optimizer": optimizer} | {"loss": tiny.language_loss(model, 0)},
+        {"model": model, "optimizer": optimizer, "batches": batches, "loss": loss},
     )
     assert model.phase() == "dash"
 

@@ -27,7 +27,9 @@ def forward(model, device):
 def adapted(device):
     with torch.device(device):
         model = tiny_diffusion.unet(cross_attention_dim=tiny_diffusion.TEXT_SIZE, attention_head_dim=2)
-    return get_peft_model(model.requires_grad_(False), TsdConfig(r=4, target_modules=["to_q", "to_v"]))
+    return get_peft_model(
+        model.requires_grad_(False), TsdConfig(r=4, target_modules=["to_q", "to_v"], direction_source="weight")
+    )
 
 
 def held_after_forward(model) -> int:

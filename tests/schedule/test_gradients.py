@@ -258,7 +258,7 @@ def test_bad_arguments_are_named():
         identify_from_gradients(model, BATCHES, memory_gib=0)
     with pytest.raises(ValueError, match="no TSD layer with an adapter 'other'"):
         identify_from_gradients(model, BATCHES, adapter_name="other")
-    with pytest.raises(ValueError, match=r"returns no loss for a batch of \['input_ids'\]: give it labels"):
+    with pytest.raises(ValueError, match=r"returns no loss for a batch of \['input_ids'\], .*: give it labels"):
         identify_from_gradients(model, [{"input_ids": tiny.tokens()}])
     with pytest.raises(ValueError, match=r"loss of a batch must be a scalar; got shape \(4, 9, 64\)"):
         identify_from_gradients(model, BATCHES, loss=lambda m, b: m(**b).logits)

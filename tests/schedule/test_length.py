@@ -17,7 +17,7 @@ from support.trainers import trainer
 
 @given(st.integers(1, 10_000))
 def test_it_is_a_fifth_of_the_run_and_at_most_100_steps(steps):
-    config = TsdConfig()
+    config = TsdConfig(direction_source="weight")
     config.settle_prelaunch(steps)
     assert 1 <= config.prelaunch_steps <= 100
     assert config.prelaunch_steps == 1 or config.prelaunch_steps * 5 <= steps
@@ -29,7 +29,7 @@ def test_it_is_a_fifth_of_the_run_and_at_most_100_steps(steps):
     [({}, 100), ({"prelaunch_steps": 7}, 7), ({"prelaunch_steps": "auto"}, "auto"), ({"prelaunch_steps": 0}, 0)],
 )
 def test_a_number_that_was_given_stays_and_a_run_of_no_known_length_has_the_papers(given, settled):
-    config = TsdConfig(**given)
+    config = TsdConfig(direction_source="weight", **given)
     config.settle_prelaunch()
     config.settle_prelaunch(20)  # once
     assert config.prelaunch_steps == settled
@@ -77,12 +77,13 @@ def test_a_loop_of_ones_own_has_the_papers():
 
 
 def test_it_is_saved_as_unsaid_until_training_begins(tmp_path):
-    TsdConfig(target_modules=["q_proj"]).save_pretrained(tmp_path)
+    TsdConfig(target_modules=["q_proj"], direction_source="weight").save_pretrained(tmp_path)
     assert PeftConfig.from_pretrained(str(tmp_path)).prelaunch_steps is None
 
 
 def test_a_recipe_knows_the_length_of_its_run():
-    recipe = RunRecipe(training=Saving(), output="run", adapter={"target_modules": ["q_proj"]})
+    settings = {"adapter": {"target_modules": ["q_proj"]}, "directions": {"direction_source": "weight"}}
+    recipe = RunRecipe(training=Saving(), output="run", **settings)
     assert recipe.directions.prelaunch_steps is None
     for steps, settled in ((60, 12), (1000, 100)):
         assert adapter_config(recipe, None, steps).prelaunch_steps == settled

@@ -68,6 +68,7 @@ def config(method: str = "lora-tsd", **changes) -> TsdConfig:
         "r": 4,
         "lora_alpha": 8,
         "prelaunch_steps": 3,
+        "direction_source": "weight",
         "num_directions": 5,
         "dash_lr_ratio": 20.0,
         "target_modules": LLAMA_TARGETS,

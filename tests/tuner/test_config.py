@@ -1,16 +1,41 @@
 import itertools
 import json
+from functools import partial
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftConfig
+from peft import LoHaConfig, LoraConfig, PeftConfig
 
-from peft_tsd import TsdConfig
+from peft_tsd import DashConfig, TsdConfig
 
 
-def test_defaults_are_the_papers():
+def test_without_a_prelaunch_the_directions_are_the_gradients_and_with_one_the_papers():
     config = TsdConfig()
+    assert (config.method, config.direction_source, config.prelaunch_steps) == ("lora-tsd", "gradient", 0)
+    for asked in (100, "auto", 0):
+        assert TsdConfig(prelaunch_steps=asked).direction_source == "weight"
+    assert TsdConfig(prelaunch_steps=5, direction_source="gradient").direction_source == "gradient"
+    for source, steps in ((None, 0), ("weight", None)):
+        assert DashConfig(peft=LoHaConfig(), direction_source=source).prelaunch_steps == steps
+    assert DashConfig(peft=LoHaConfig(), prelaunch_steps=7).direction_source == "weight"
+
+
+def test_what_was_saved_before_there_was_a_choice_is_of_the_weight(tmp_path):
+    for config in (TsdConfig(), DashConfig(peft=LoHaConfig(target_modules=["q_proj"]))):
+        config.save_pretrained(tmp_path)
+        assert PeftConfig.from_pretrained(str(tmp_path)).direction_source == "gradient"
+        path = tmp_path / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"direction_source": None, "prelaunch_steps": None}))
+        assert PeftConfig.from_pretrained(str(tmp_path)).direction_source == "weight"
+        content = json.loads(path.read_text())
+        del content["direction_source"]
+        path.write_text(json.dumps(content))
+        assert PeftConfig.from_pretrained(str(tmp_path)).direction_source == "weight"
+
+
+def test_with_directions_of_the_weight_defaults_are_the_papers():
+    config = TsdConfig(direction_source="weight")
     assert (config.method, config.longest_prelaunch, config.num_directions) == ("lora-tsd", 100, 8)
     assert (config.direction_budget, config.direction_slots, config.check_steps) == ("layer", 8, ())
     assert (config.init_reading, config.dash_lr_ratio, config.eps) == ("svd", 1.0, 1e-6)
@@ -75,7 +100,8 @@ def test_it_survives_saving(tmp_path):
         ),
         ({"init_lora_weights": "pisa", "method": "lora-dash"}, "cannot be combined with lora-dash: use one of"),
         ({"init_lora_weights": "olora", "method": "lora-dash", "lora_alpha": 0}, "lora_alpha=0 cannot .*='olora'"),
-        ({"lora_alpha": 0}, "lora_alpha=0 cannot be combined with lora-tsd and init_reading='svd'"),
+        ({"lora_alpha": 0}, "lora_alpha=0 cannot be combined with lora-tsd and first_step=True"),
+        ({"lora_alpha": 0, "prelaunch_steps": 9}, "lora_alpha=0 cannot .* lora-tsd and init_reading='svd'"),
         ({"alpha_pattern": {"q": -1}, "method": "lora-init"}, "lora_alpha=-1 cannot be combined with lora-init"),
     ],
 )
@@ -101,7 +127,8 @@ def test_the_other_lora_variants_are_refused(name):
         {"init_lora_weights": "gaussian"},
         {"init_lora_weights": False},
         {"init_lora_weights": "orthogonal"},
-        {"lora_alpha": 0, "init_reading": "orthonormal"},
+        {"lora_alpha": 0, "init_reading": "orthonormal", "prelaunch_steps": 9},
+        {"lora_alpha": 0, "first_step": False},
         {"lora_alpha": 0, "method": "lora-dash"},
         {"lora_bias": True},
         {"target_modules": "all-linear"},
@@ -129,6 +156,8 @@ def test_each_method_says_what_it_does():
     told = {m: TsdConfig(method=m) for m in ("lora-dash", "lora-init", "lora-tsd")}
     assert [c.learns_along_directions for c in told.values()] == [True, False, True]
     assert [c.starts_from_directions for c in told.values()] == [False, True, True]
+    assert not any(c.keeps_prelaunch for c in told.values())
+    told = {m: TsdConfig(method=m, prelaunch_steps=9) for m in told}
     assert [c.keeps_prelaunch for c in told.values()] == [False, True, True]
     assert not TsdConfig(prelaunch_steps=0).keeps_prelaunch
 
@@ -148,5 +177,6 @@ def test_checks_of_an_automatic_prelaunch(shortest, more):
 
 
 def test_slots_of_a_budget():
-    assert TsdConfig(direction_budget="global", num_directions=3).direction_slots == 12
-    assert TsdConfig(direction_budget="global", num_directions=3, max_directions=5).direction_slots == 5
+    config = partial(TsdConfig, direction_source="weight", direction_budget="global", num_directions=3)
+    assert config().direction_slots == 12
+    assert config(max_directions=5).direction_slots == 5

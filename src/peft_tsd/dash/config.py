@@ -21,10 +21,10 @@ DashType = enum.Enum("DashType", {peft_type.name: f"DASH_{peft_type.value}" for 
 class DashConfig(DirectionSettings, PeftConfig):
     """Task-specific directions (Si et al., arXiv 2409.01035) beside another PEFT method.
 
-    Training starts with a pre-launch of that method alone. After `prelaunch_steps` optimizer steps the task-specific
-    directions of every adapted layer are identified, once, from the change of the weight it has learned so far: the
-    merged weight less the base weight. From then on the change along them is learned too, beside the method's own:
-    `layer(x) + U diag(Δσ) Vᵀ x`, with Δσ starting at 0.
+    By default the directions of every adapted layer are identified before the first step, from the gradient of a few
+    batches. In the paper's way (`prelaunch_steps`) training starts with a pre-launch of that method alone, after which
+    they are identified, once, from the change of the weight it has learned: the merged weight less the base weight.
+    From then on the change along them is learned too, beside the method's own: `layer(x) + U diag(Δσ) Vᵀ x`.
 
     Fields that are not listed are those of `peft`, to be read and set as if they were here.
 
@@ -40,6 +40,11 @@ class DashConfig(DirectionSettings, PeftConfig):
             The most steps of an automatic pre-launch.
         settled_agreement (`float`, defaults to 0.9):
             When the directions of an automatic pre-launch have settled; see `TsdConfig`.
+        direction_source (`str`, *optional*):
+            Whose singular directions: `"gradient"`, or `"weight"`, the default where `prelaunch_steps` is given; see
+            `TsdConfig`.
+        first_step (`bool`, defaults to `True`):
+            With directions of the gradient, begin with a step down it, in Δσ; see `TsdConfig`.
         num_directions (`int`, defaults to 8):
             Directions a layer whose change is learned; s in the paper.
         direction_budget (`str`, defaults to `"layer"`):
@@ -87,6 +92,7 @@ class DashConfig(DirectionSettings, PeftConfig):
             default = PeftConfig.__dataclass_fields__[name].default
             if getattr(self, name) == default:
                 setattr(self, name, getattr(self.peft, name))
+        self.settle_source()
         super().__post_init__()
         self.peft_type = DashType[self.peft.peft_type.name]
         self.check_directions()

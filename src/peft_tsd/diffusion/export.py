@@ -53,7 +53,8 @@ def save_lora_weights(
     training scripts:
 
         ```py
-        >>> unet.add_adapter(TsdConfig(r=8, lora_alpha=16, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+        >>> targets = ["to_q", "to_k", "to_v", "to_out.0"]
+        >>> unet.add_adapter(TsdConfig(r=8, lora_alpha=16, target_modules=targets, prelaunch_steps=100))
         >>> ...  # the script's training, with advance(unet, optimizer) after each optimizer step
         >>> save_lora_weights(args.output_dir, unet=unet, text_encoder=text_encoder_one, text_encoder_2=None)
         >>> pipe.load_lora_weights(args.output_dir)  # anywhere, without this package

@@ -11,7 +11,8 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from ..recipes.reading import load_as
-from ..recipes.shared import Adapter, Optimizer, RunRecipe, Saving, Section, absolute_if_there
+from ..recipes.shared import Adapter, Directions, Optimizer, RunRecipe, Saving, Section, absolute_if_there
+from ..tuner.settings import DirectionSource
 
 SHORT = {"model": "model.name", "data": "data.folder", "prompt": "data.prompt"}
 """What may be left out of the longest keys on the command line: `model=NAME data=FOLDER prompt=TEXT`."""
@@ -146,6 +147,12 @@ class ComparisonSection(Section):
         return name if name is None else absolute_if_there(name)
 
 
+class OfWeights(Directions):
+    """Directions of the weights: those of the gradient take gradients of batches, which runs of this kind do not."""
+
+    direction_source: DirectionSource | None = "weight"
+
+
 class DreamBooth(RunRecipe):
     """One run."""
 
@@ -156,6 +163,7 @@ class DreamBooth(RunRecipe):
     prior: Prior = Prior()
     text_encoders: TextEncoders = TextEncoders()
     method: Literal["lora-tsd", "lora-dash", "lora-init", "lora"] = "lora-tsd"
+    directions: OfWeights = OfWeights()
     adapter: Adapter = Adapter(target_modules=["to_q", "to_k", "to_v", "to_out.0"])
     optimizer: Optimizer = Optimizer(learning_rate=1e-4, schedule="constant")
     training: Training = Training()

@@ -74,8 +74,12 @@ class _Directions(Section):
 
     @model_validator(mode="after")
     def _in_range(self) -> _Directions:
+        settings = self.settings
+        settings.settle_source()
+        # What is kept with a run says it.
+        self.direction_source = settings.direction_source
         try:
-            self.settings.check_directions()
+            settings.check_directions()
         except ValueError as error:
             raise ValueError(f"directions.{error}") from None
         return self

@@ -31,13 +31,20 @@ def loss_of_output(model: nn.Module, batch: Any) -> Tensor:
     """The loss that transformers' models return: `model(**batch).loss`.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or the model does not take such a batch.
     """
-    loss = getattr(model(**batch), "loss", None)
+    try:
+        loss = getattr(model(**batch), "loss", None)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{type(model).__name__} does not take a batch as model(**batch), for directions from gradients: {error}; "
+            "pass loss=, a function of the model and a batch, or give the configuration direction_source='weight'."
+        ) from error
     if not isinstance(loss, Tensor):
         raise ValueError(
-            f"{type(model).__name__} returns no loss for a batch of {sorted(batch)}: give it labels, or pass "
-            "loss=, a function of the model and a batch."
+            f"{type(model).__name__} returns no loss for a batch of {sorted(batch)}, for directions from gradients: "
+            "give it labels, pass loss=, a function of the model and a batch, or give the configuration "
+            "direction_source='weight'."
         )
     return loss
 

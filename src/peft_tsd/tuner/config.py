@@ -41,9 +41,9 @@ REFUSED_FIELDS = {
 class TsdConfig(DirectionSettings, LoraConfig):
     """Configuration of LoRA-Dash, LoRA-Init and LoRA-TSD (Si et al., arXiv 2409.01035).
 
-    Training starts with a pre-launch of plain LoRA. After `prelaunch_steps` optimizer steps the task-specific
-    directions of every adapted layer are identified, once, from what LoRA learned so far (without a pre-launch: from
-    the gradient of the frozen weights). Then
+    By default the directions of every adapted layer are identified before the first step, from the gradient of a few
+    batches. In the paper's way (`prelaunch_steps`) training starts with a pre-launch of plain LoRA, after which they
+    are identified, once, from what LoRA has learned. Then
 
     - `"lora-dash"` also learns the change along them: `W + s·B·A + Σ_j Δσ_j u_j v_jᵀ`;
     - `"lora-init"` restarts LoRA's A and B from them, beside what they have learned (`keep_prelaunch`);
@@ -60,9 +60,9 @@ class TsdConfig(DirectionSettings, LoraConfig):
         prelaunch_steps (`int` or `"auto"`, *optional*):
             Optimizer steps of plain LoRA before the directions are identified; t in the paper. `"auto"`: until the
             directions that would be identified have settled. 0: none, the directions are identified from the gradient
-            of the frozen weights (`identify_from_gradients`; `TsdCallback` does it by itself). By default 100, as in
-            the paper, but not more than a fifth of a run whose length is known, as a Trainer's is; and 0 for
-            directions of the gradient. The number is filled in when training begins.
+            of the frozen weights (`identify_from_gradients`; `TsdCallback` does it by itself). By default 0 for
+            directions of the gradient, and for those of the weight 100, as in the paper, but not more than a fifth of
+            a run whose length is known, as a Trainer's is. The number is filled in when training begins.
         prelaunch_min (`int`, defaults to 25):
             The fewest steps of an automatic pre-launch.
         prelaunch_max (`int`, defaults to 200):
@@ -71,11 +71,13 @@ class TsdConfig(DirectionSettings, LoraConfig):
             An automatic pre-launch ends where at least this part of the directions, in the mean over layers, was
             among those of the check before it. Checks stand at `prelaunch_min` / 1.25, at `prelaunch_min`, and from
             there each a quarter further on than the one before.
-        direction_source (`str`, defaults to `"weight"`):
-            Whose singular directions are used. `"weight"`: the core directions of the frozen weight, as in the paper.
-            `"gradient"`: the leading singular directions of the gradient of the loss with respect to that weight,
-            along which, to first order, a scalar or a row of A does most; found from a few batches
-            (`identify_from_gradients`; `TsdCallback` does it by itself) without a look at the weight.
+        direction_source (`str`, *optional*):
+            Whose singular directions are used. `"gradient"`: the leading singular directions of the gradient of the
+            loss with respect to the frozen weight, along which, to first order, a scalar or a row of A does most;
+            found from a few batches (`identify_from_gradients`; `TsdCallback` does it by itself) without a look at
+            the weight. `"weight"`: the core directions of the frozen weight, as in the paper. By default `"gradient"`,
+            and `"weight"` where `prelaunch_steps` is given, for a pre-launch is the paper's way; configurations saved
+            before there was a choice are read as `"weight"`.
         first_step (`bool`, defaults to `True`):
             With directions of the gradient, begin with a step down it: a change of `−η Σ_j u_j v_jᵀ` in every layer,
             in B where A starts from the directions, and in Δσ elsewhere. The one length η is the best of those tried
@@ -142,6 +144,7 @@ class TsdConfig(DirectionSettings, LoraConfig):
         if self.keep_prelaunch is None:
             # What is read from a file has its type; one of before there was a choice dropped what was learned.
             self.keep_prelaunch = getattr(self, "peft_type", None) is None
+        self.settle_source()
         super().__post_init__()
         self.peft_type = TsdType.TSD
         # Not a field: whether this is the configuration of weights that exist.
@@ -160,8 +163,9 @@ class TsdConfig(DirectionSettings, LoraConfig):
             raise ValueError(
                 f"init_lora_weights={self.init_lora_weights!r} cannot be combined with {self.method}: {refused}."
             )
-        if self.subtracts_init or self.subtracts_start:
-            start = "init_lora_weights" if self.subtracts_init else "init_reading"
+        steps = self.starts_from_directions and self.direction_source == "gradient" and self.first_step
+        if self.subtracts_init or self.subtracts_start or steps:
+            start = "first_step" if steps else "init_lora_weights" if self.subtracts_init else "init_reading"
             for alpha in (self.lora_alpha, *(self.alpha_pattern or {}).values()):
                 if not alpha > 0:
                     raise ValueError(

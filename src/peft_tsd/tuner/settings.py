@@ -53,9 +53,9 @@ class DirectionSettings:
         default=0.9,
         metadata={"help": "An automatic pre-launch ends where this part of the directions was in the last check's."},
     )
-    direction_source: DirectionSource = field(
-        default="weight",
-        metadata={"help": "Whose singular directions: the frozen weight's (the paper's), or those of its gradient."},
+    direction_source: DirectionSource | None = field(
+        default=None,
+        metadata={"help": "Whose singular directions: those of the gradient, or the frozen weight's (the paper's)."},
     )
     first_step: bool = field(
         default=True,
@@ -144,6 +144,15 @@ class DirectionSettings:
         if self.direction_source == "gradient":
             self._check_fits_gradient()
 
+    def settle_source(self) -> None:
+        """Say whose directions, where nothing was said: the gradient's, or the weight's where there is a pre-launch.
+
+        To be called while `peft_type` is still that of the file that the configuration was read from.
+        """
+        if self.direction_source is None:
+            saved = getattr(self, "peft_type", None) is not None  # before there was a choice
+            self.direction_source = "weight" if saved or self.prelaunch_steps is not None else "gradient"
+
     def settle_prelaunch(self, run_steps: int | None = None) -> None:
         """Say how long the pre-launch is, where nothing was said: once, when training begins.
 
@@ -169,12 +178,12 @@ class DirectionSettings:
             if getattr(self, name) not in possible:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} cannot be combined with direction_source='gradient': {why}; "
-                    f"use {name}={possible[0]!r}."
+                    f"use {name}={possible[0]!r}, or direction_source='weight'."
                 )
         if self.prelaunch_steps == "auto":
             raise ValueError(
                 "prelaunch_steps='auto' waits for change rates to settle, and direction_source='gradient' has none; "
-                "give a number of steps, or 0."
+                "give a number of steps, or 0, or direction_source='weight'."
             )
 
     @classmethod
