@@ -16,7 +16,7 @@ ROOT = Path(peft_tsd.__file__).parent
 FLOORS = (
     "errors", "directions", "pages", "files", "distributed", "models", "tuner", "dash", "schedule", "export",
     "registration",
-    "recipes", "runs", "explore", "language", "tasks", "diffusion", "compare", "cli", "__init__",
+    "recipes", "runs", "explore", "language", "tasks", "diffusion", "compare", "cli", "__main__", "__init__",
 )  # fmt: skip
 
 # What may be imported where it is used: packages that an extra brings, and a module that Windows lacks.

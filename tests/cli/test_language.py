@@ -310,6 +310,6 @@ def test_overrides_stand_anywhere(capsys):
         assert f"unrecognized arguments: {given}" in capsys.readouterr().err
 
 
-def test_a_recipe_is_one_process(refused, monkeypatch):
+def test_one_of_several_processes_must_know_the_others(refused, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert "WORLD_SIZE=4: a run of a recipe is one process" in refused()
+    assert "WORLD_SIZE=4 says that this is one of several processes, and RANK, LOCAL_RANK" in refused()

@@ -351,5 +351,5 @@ def test_other_photos_are_not_continued_with(place):
 
 def test_a_run_is_one_process(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="WORLD_SIZE=2: a run of a recipe is one process"):
+    with pytest.raises(InputError, match="WORLD_SIZE=2: a run of a recipe of the kind dreambooth is one process"):
         train(None)

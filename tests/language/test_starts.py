@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from peft_tsd.files.adapters import WEIGHTS
-from peft_tsd.language import preparing, starts, training
+from peft_tsd.language import preparing, starts, trainers, training
 from peft_tsd.language.evaluating import evaluate
 from peft_tsd.language.recipe import load_recipe
 from peft_tsd.runs.stopping import Interrupted
@@ -60,7 +60,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(place, monkeypatch, method, step)
 @pytest.mark.parametrize(("method", "similar"), [("lora-ga", False), ("eva", True)])
 def test_the_batches_are_those_that_are_trained_on_first(place, monkeypatch, method, similar):
     seen, trained = [], []
-    start, step = training.start_from_batches, training.EvaluatedTrainer.training_step
+    start, step = training.start_from_batches, trainers.EvaluatedTrainer.training_step
 
     def watched_start(base, config, batches, kept):
         seen.extend(batches)
@@ -71,7 +71,7 @@ def test_the_batches_are_those_that_are_trained_on_first(place, monkeypatch, met
         return step(self, model, inputs, *rest)
 
     monkeypatch.setattr(training, "start_from_batches", watched_start)
-    monkeypatch.setattr(training.EvaluatedTrainer, "training_step", watched_step)
+    monkeypatch.setattr(trainers.EvaluatedTrainer, "training_step", watched_step)
     recipe = text_models.write_recipe(place, training={"start_batches": 3, "steps": 5, "similar_lengths": similar})
     run(recipe, f"method={method}")
     assert len(seen) == 3

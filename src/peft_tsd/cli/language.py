@@ -16,6 +16,7 @@ from ..export.gguf import find_converter, write_gguf
 from ..files.adapters import CONFIG
 from ..language.recipe import apply_overrides, load_recipe
 from ..recipes.reading import find_recipe
+from ..runs.processes import is_main
 from ..runs.stopping import Interrupted
 from .screen import BAD_INPUT, DONE, INTERRUPTED, near, say_how_to_resume, screen
 from .summary import summary
@@ -28,9 +29,12 @@ def train(arguments: argparse.Namespace) -> int:
         try:
             result = language.train(recipe)
         except Interrupted as interrupted:
-            say_how_to_resume(interrupted.folder)
+            if is_main():
+                say_how_to_resume(interrupted.folder)
             return 128 + interrupted.signal
-    print(summary(result))
+    text = summary(result)  # what is sharded is read by all
+    if is_main():
+        print(text)
     return DONE
 
 

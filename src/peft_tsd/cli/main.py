@@ -5,20 +5,41 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stderr
+from io import StringIO
 
 from ..errors import InputError
 from ..files.adapters import CONFIG
 from ..recipes.reading import kind_of
+from ..runs.processes import launched, read_slurm
+from ..runs.together import ProcessGoneError, together
 from .parser import make_parser
-from .screen import BAD_INPUT, INTERRUPTED
+from .screen import BAD_INPUT, FAILED, INTERRUPTED
 from .values import adapter_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 2 bad input, 130 interrupted, 143 terminated."""
+    read_slurm()
+    with redirect_stderr(StringIO()) if os.environ.get("RANK", "0") != "0" else nullcontext():
+        arguments = _parsed(argv)
+    try:
+        if launched() > 1:
+            return together(lambda: _one_of_several(arguments), _say)
+        return _verb(arguments)(arguments)
+    except InputError as error:
+        return _say(error)
+    except KeyboardInterrupt:
+        print("peft-tsd: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser()
     arguments, rest = parser.parse_known_args(argv)
     # argparse takes key=value before or after the options, and not on both sides.
@@ -26,15 +47,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         arguments.overrides = [*arguments.overrides, *rest]
-    try:
-        return _verb(arguments)(arguments)
-    except InputError as error:
+    return arguments
+
+
+def _one_of_several(arguments: argparse.Namespace) -> int:
+    if arguments.run != ("language", "train"):
+        raise InputError(
+            f"WORLD_SIZE={launched()}: several processes can do `peft-tsd train`, and no other verb; start this one "
+            "without torchrun, accelerate launch or srun"
+        )
+    return _verb(arguments)(arguments)
+
+
+def _say(error: BaseException) -> int:
+    """Say an error, and give the exit code."""
+    if isinstance(error, InputError):
         for complaint in error.args:
             print(f"peft-tsd: {complaint}", file=sys.stderr)
         return BAD_INPUT
-    except KeyboardInterrupt:
-        print("peft-tsd: interrupted", file=sys.stderr)
-        return INTERRUPTED
+    if isinstance(error, ProcessGoneError):
+        print(f"peft-tsd: {error}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    return FAILED
 
 
 def _verb(arguments: argparse.Namespace) -> Callable[[argparse.Namespace], int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import transformers
 
-DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130  # a run stopped by a signal ends with 128 + its number
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130  # a run stopped by a signal ends with 128 + its number
 
 
 @contextmanager

@@ -50,6 +50,25 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
+def whole_state(model: nn.Module, prefix: str | None) -> dict[str, Tensor] | None:
+    """The state dict of a sharded model, whole; None where nothing is sharded. Every process must ask.
+
+    Args:
+        model: The model.
+        prefix: Of an adapter's parameters: those, and whatever is trained, are put together, and frozen ones of the
+            base are left out. None for all.
+    """
+    if not is_sharded(model):
+        return None
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        parameter = parameters.get(name, tensor)
+        if prefix is None or name not in parameters or prefix in name or parameter.requires_grad:
+            state[name] = whole(parameter).cpu()
+    return state
+
+
 @torch.no_grad()
 def assign(parameter: Tensor, value: Tensor) -> None:
     """Copy `value`, which every process has, into `parameter`, or into this process's shard of it."""

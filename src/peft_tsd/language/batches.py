@@ -62,4 +62,4 @@ class SimilarLengthsTrainer(EvaluatedTrainer):
         rows = self.train_dataset if train_dataset is None else train_dataset
         # Rows of tasks that write hold a prompt and an answer, the others what the model reads.
         lengths = [sum(len(row.get(key, ())) for key in ("input_ids", "prompt", "answer")) for row in rows]
-        return SimilarLengths(lengths, self.args.train_batch_size, self.args.seed)
+        return SimilarLengths(lengths, self._train_batch_size, self.args.seed)

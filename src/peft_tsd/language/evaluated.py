@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-# A mixin without a base class can be put before any Trainer.
-_Mixin: Any = Trainer if TYPE_CHECKING else object
+from .batch_shares import SharedBatches
 
 
-class Evaluated(_Mixin):
+class Evaluated(SharedBatches):
     """A Trainer, of which this is put before the class, that evaluates by what a run scores: the held-out loss, and
     the metric.
 

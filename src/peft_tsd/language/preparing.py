@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
+from ..distributed.sharded import world
 from ..errors import RecipeError, check_choice
 from ..models.finding import Source, locate, recorded_name
 from ..models.loading import check_target_modules, load_config, load_model, load_skeleton, load_tokenizer
@@ -23,9 +25,12 @@ from ..recipes.methods import METHODS, Row
 from ..runs.disk import check_disk
 from ..runs.folder import RunFolder
 from ..runs.machine import environment
+from ..runs.processes import is_main
 from ..tuner.config import without_weights
+from .engines import check_processes
 from .recipe import Recipe
 from .sections import SUITES
+from .shares import shared_out, shares
 from .tasks import Family, load_task
 from .tasks.classification import Classification
 from .tasks.cut import Cut
@@ -78,15 +83,22 @@ class Job(NamedTuple):
         """Every metric of every task; `keep` leaves the progress bar on the screen."""
         model.eval()
         found = {}
-        with self._casting(model), tqdm(total=self.questions, desc=title, unit="question", leave=keep) as bar:
+        asked = {name: shares(examples) for name, examples in self.asked.items()}
+        mine = sum(len(by_rank[world()[0]]) for by_rank in asked.values())
+        bar = tqdm(total=mine, desc=title, unit="question", leave=keep, disable=not is_main())
 
-            def done(questions: int) -> None:
-                bar.update(questions)
-                on_batch()
+        def done(questions: int) -> None:
+            bar.update(questions)
+            on_batch()
 
-            for name, examples in self.asked.items():
-                batch_size = self.recipe.evaluation.batch_size
-                found[name] = self.task.score(model, self.tokenizer, examples, batch_size, done)
+        def answers(examples: list[Any]) -> list[Any]:
+            size = self.recipe.evaluation.batch_size
+            return self.task.answers(model, self.tokenizer, examples, size, done) if examples else []
+
+        with self._casting(model), bar:
+            for name, by_rank in asked.items():
+                parts = shared_out(self.asked[name], answers, model)
+                found[name] = self.task.metrics(list(chain(*by_rank)), list(chain(*parts)))
         return found
 
     def held_out_loss(self, model: Any) -> float | None:
@@ -103,15 +115,22 @@ class Job(NamedTuple):
         model.eval()
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         collate = self.task.collator(self.tokenizer, base)
-        size, total, count = self.recipe.evaluation.batch_size, 0.0, 0
-        with self._casting(model):
+        size = self.recipe.evaluation.batch_size
+
+        def summed(rows: list[Any]) -> tuple[float, int]:
+            total, count = 0.0, 0
             for start in range(0, len(rows), size):
                 part = collate(rows[start : start + size])
                 batch = {key: x.to(model.device) for key, x in part.items()}
                 answered = int(batch["labels"].ne(IGNORED).sum())
                 total += float(model(**batch).loss) * answered
                 count += answered
-        return total / count if count else None
+            return total, count
+
+        with self._casting(model):
+            parts = shared_out(rows, summed, model)
+        count = sum(number for _, number in parts)
+        return sum(total for total, _ in parts) / count if count else None
 
     def _casting(self, model: Any) -> torch.autocast:
         dtype = getattr(torch, self.recipe.model.dtype)
@@ -195,6 +214,7 @@ def _read(recipe: Recipe, *, to_train: bool) -> _Read:
     check_choice("optimizer.name", recipe.optimizer.name, [name.value for name in OptimizerNames])
     check_choice("optimizer.schedule", recipe.optimizer.schedule, [name.value for name in SchedulerType])
     if to_train:
+        check_processes(recipe)
         check_trackers(recipe.training.report_to)
     model = recipe.model
     source = locate(

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
+from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from ..distributed.sharded import whole_state
 from ..errors import RecipeError
 from ..files.adapters import WEIGHTS
 from ..models.origin import Fingerprint, write_origin
 from ..runs.folder import RunFolder
 from ..runs.log import file_only
 from ..runs.machine import peak_memory
+from ..runs.processes import by_main, gathered, is_main
 from ..runs.stopping import Stop
 from ..schedule.callback import TsdCallback
+from ..schedule.gradients import random_states_kept
 
 # What Trainer adds to every evaluation.
 _SPEED = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
@@ -46,7 +51,9 @@ class Record(TrainerCallback):
         self._started = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._bar = tqdm(total=self._steps, initial=state.global_step, desc="training", unit="step")
+        self._bar = tqdm(
+            total=self._steps, initial=state.global_step, desc="training", unit="step", disable=not is_main()
+        )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._started = time.perf_counter()
@@ -57,7 +64,7 @@ class Record(TrainerCallback):
         self.took_steps = True
         self.progress["step"] = state.global_step
         self._bar.update()
-        if self._stop.requested:
+        if self._stop.agreed():
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
@@ -80,12 +87,21 @@ class Record(TrainerCallback):
         file_only(f"step {state.global_step}: held out: " + ", ".join(f"{k} {v:.4f}" for k, v in measured.items()))
         self.progress["evaluations"] = [*self.progress.get("evaluations", []), {"step": state.global_step, **measured}]
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
         self._update()
         checkpoint = self._folder.checkpoint(state.global_step)
-        if (checkpoint / WEIGHTS).is_file():
-            write_origin(checkpoint, self._made_of)
-        self._folder.mark_complete(checkpoint, self.progress)
+        # Parts of an adapter cannot be checked, or scored: the whole lies beside what a sharded run continues from.
+        adapter = whole_state(model, model.prefix) if isinstance(model, PeftModel) else None
+
+        def complete() -> None:
+            if adapter is not None:
+                model.save_pretrained(checkpoint, state_dict=adapter)
+            if (checkpoint / WEIGHTS).is_file():
+                write_origin(checkpoint, self._made_of)
+            self._folder.mark_complete(checkpoint, self.progress)
+
+        gathered(None)  # each has written its part
+        by_main(complete)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
@@ -100,6 +116,17 @@ class Record(TrainerCallback):
         made = self._schedule.transitions if self._schedule else []
         self.progress["transitions"] = [*self._transitions_before, *made]
         self.progress["peak_memory_bytes"] = max(self.progress.get("peak_memory_bytes") or 0, peak_memory() or 0)
+
+
+class BeforeTraining(TrainerCallback):
+    """Does something with the model as it is trained, sharded or not, before its first step in this process."""
+
+    def __init__(self, work: Callable[[Any], None]) -> None:
+        self._work = work
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        with random_states_kept():
+            self._work(model)
 
 
 def begun() -> dict[str, Any]:

@@ -166,6 +166,10 @@ class Training(Saving):
     start_batches: int | None = Field(default=None, ge=1)
     """Of the training batches, how many of the first are looked at before training, where a method starts from them:
     directions of gradients, `lora-ga` and `eva`. They are trained on all the same."""
+    sharding: Literal["fsdp2"] | None = None
+    """Split the model over the processes, by FSDP2; by DDP each has it whole."""
+    deepspeed: str | None = None
+    """A file with DeepSpeed's configuration, by which several processes train."""
     report_to: list[str] = Field(default=[])
     """Trackers that draw the curves of the run, by their names in `transformers.TrainingArguments`."""
 
@@ -173,6 +177,20 @@ class Training(Saving):
     @classmethod
     def _some_trackers(cls, given: Any) -> Any:
         return [] if given in (None, "none") else [given] if isinstance(given, str) else given
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _absolute(cls, name: str | None) -> str | None:
+        return name if name is None else absolute_if_there(name)
+
+    @model_validator(mode="after")
+    def _one_engine(self) -> Training:
+        if self.sharding is not None and self.deepspeed is not None:
+            raise ValueError(
+                f"training must have at most one of sharding and deepspeed; got {self.sharding!r} and "
+                f"{self.deepspeed!r}; set the other to null"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> Training:

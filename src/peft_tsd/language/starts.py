@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from ..files.adapters import WEIGHTS
 from ..files.whole import write_folder
+from ..runs.processes import by_main
 from ..schedule.gradients import loss_of_output
 from .tasks.generation import IGNORED
 
@@ -53,7 +54,7 @@ def start_from_batches(base: Any, config: LoraConfig, batches: Sequence[Any], ke
         warnings.filterwarnings("ignore", _NO_INPUT)
         preprocess_loraga(base, config, backward)
     model = get_peft_model(base, config)
-    write_folder(kept, lambda path: model.save_pretrained(path))
+    by_main(lambda: write_folder(kept, lambda path: model.save_pretrained(path)))
     return model
 
 

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
 
+from ..distributed.sharded import world
 from ..errors import InputError
 
 
 def environment(*packages: str) -> dict[str, Any]:
     """Versions and hardware, for whoever reads a run's metrics later."""
+    _, size = world()
     listed = ("peft-tsd", "torch", "transformers", "peft", "accelerate", *packages)
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in listed}},
@@ -24,6 +26,7 @@ def environment(*packages: str) -> dict[str, Any]:
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
             "cpus": os.cpu_count(),
             "threads": torch.get_num_threads(),
+            **({"processes": size} if size > 1 else {}),
         },
     }
 
@@ -36,8 +39,8 @@ def check_one_process() -> None:
     """
     if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise InputError(
-            f"WORLD_SIZE={processes}: a run of a recipe is one process. Start it without torchrun or accelerate "
-            "launch, or train in several processes with TsdCallback in a Trainer of your own (docs/many-gpus.md)"
+            f"WORLD_SIZE={processes}: a run of a recipe of the kind dreambooth is one process. Start it without "
+            "torchrun, accelerate launch or srun"
         )
 
 

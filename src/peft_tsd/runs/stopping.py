@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from .processes import highest, is_main
+
 
 class Interrupted(Exception):
     """A run was stopped by a signal, SIGINT (Ctrl-C) or SIGTERM; `folder` can be continued."""
@@ -28,11 +30,25 @@ class Stop:
         """The signal that did."""
         self._folder = folder
 
+    def agreed(self) -> bool:
+        """Whether any of the processes was asked to stop, by when each has come here."""
+        self.requested = highest(self.requested or 0) or None
+        return self.requested is not None
+
     def check(self) -> None:
-        """Be such a safe point.
+        """Be such a safe point, to which every process comes.
 
         Raises:
             Interrupted: The user asked to stop.
+        """
+        self.agreed()
+        self.check_here()
+
+    def check_here(self) -> None:
+        """Be a safe point of this process alone, in work that is shared out (see `language.scoring`).
+
+        Raises:
+            Interrupted: It was asked to stop.
         """
         if self.requested is not None:
             raise Interrupted(self._folder, self.requested)
@@ -56,7 +72,8 @@ def interruptible(folder: Path) -> Iterator[Stop]:
         stop.requested = number
         restore()
         again = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        print(f"\nstopping at the next safe point; {again} once more stops at once", file=sys.stderr)
+        if is_main():
+            print(f"\nstopping at the next safe point; {again} once more stops at once", file=sys.stderr)
 
     for number in before:
         signal.signal(number, ask)

@@ -154,18 +154,19 @@ class Chat(Causal):
         return collate
 
     @torch.inference_mode()
-    def score(
+    def answers(
         self,
         model: Any,
         tokenizer: PreTrainedTokenizerBase,
         examples: Sequence[Conversation],
         batch_size: int,
         on_batch: Callable[[int], None] = lambda done: None,
-    ) -> dict[str, float]:
-        """The share of conversations whose last turn is written as its answer; without answers, the share of the
-        assistant's tokens that the model finds most likely, each after what was really said."""
+    ) -> list[tuple[int, int]]:
+        """How many are right, of how many: of each conversation, whether its last turn is written as its answer;
+        without answers, of each batch, the assistant's tokens that the model finds most likely, each after what was
+        really said."""
         if not self._has_answers:
-            return {self.metric: self._token_accuracy(model, tokenizer, examples, batch_size, on_batch)}
+            return self._likely_tokens(model, tokenizer, examples, batch_size, on_batch)
         prompts = [
             tokenizer(_rendered(tokenizer, _messages(one.asked), prompt=True), add_special_tokens=False)["input_ids"]
             for one in examples
@@ -178,30 +179,33 @@ class Chat(Causal):
             batch_size=batch_size,
             on_batch=on_batch,
         )
-        right = sum(normalize(text) == normalize(one.said.answer or "") for one, text in zip(examples, texts))
-        return {self.metric: right / len(examples)}
+        return [(int(normalize(text) == normalize(one.said.answer or "")), 1) for one, text in zip(examples, texts)]
 
-    def _token_accuracy(
+    def metrics(self, examples: Sequence[Conversation], answers: Sequence[tuple[int, int]]) -> dict[str, float]:
+        """The share of what is right."""
+        count = sum(number for _, number in answers)
+        return {self.metric: sum(right for right, _ in answers) / count if count else 0.0}
+
+    def _likely_tokens(
         self,
         model: Any,
         tokenizer: PreTrainedTokenizerBase,
         examples: Sequence[Conversation],
         batch_size: int,
         on_batch: Callable[[int], None],
-    ) -> float:
+    ) -> list[tuple[int, int]]:
         rows = self.encode(examples, tokenizer, leave_out=True)
         collate = self.collator(tokenizer, model)
-        right = count = 0
+        found = []
         for start in range(0, len(rows), batch_size):
             batch = {key: x.to(model.device) for key, x in collate(rows[start : start + batch_size]).items()}
             labels = batch.pop("labels")[:, 1:]
             guesses = model(**batch).logits[:, :-1].argmax(-1)
             learned = labels != IGNORED
-            right += int((guesses == labels)[learned].sum())
-            count += int(learned.sum())
+            found.append((int((guesses == labels)[learned].sum()), int(learned.sum())))
             on_batch(min(batch_size, len(rows) - start))
         on_batch(len(examples) - len(rows))
-        return right / count if count else 0.0
+        return found
 
 
 def packed(rows: list[Batch], length: int) -> list[Batch]:

@@ -18,6 +18,7 @@ from transformers import (
 from ...errors import RecipeError
 from ..sections import Task
 from .cut import Cut
+from .scored import Scored
 from .sources import Example
 
 Batch = dict[str, Any]
@@ -26,7 +27,7 @@ MOST_LABELS = 1000
 """More different answers than this are no labels but texts."""
 
 
-class Classification:
+class Classification(Scored):
     """The prompt is read by a model with a classification head; the answer is one of `labels`."""
 
     metric = "accuracy"
@@ -97,20 +98,24 @@ class Classification:
         """Rows to a batch, padded on the tokenizer's side."""
         return padded(tokenizer)
 
-    def score(
+    def answers(
         self,
         model: Any,
         tokenizer: PreTrainedTokenizerBase,
         examples: Sequence[Example],
         batch_size: int,
         on_batch: Callable[[int], None] = lambda done: None,
-    ) -> dict[str, float]:
-        """Share of `examples` whose label the model gives the highest score; an unknown label counts as wrong."""
+    ) -> list[int]:
+        """Of each of `examples`, the label that the model gives the highest score."""
         encoded = tokenizer(
             [example.prompt for example in examples], truncation=True, max_length=self._task.max_length
         )
-        guesses = logits(model, tokenizer, encoded, batch_size, on_batch).argmax(-1).tolist()
-        right = sum(self.labels[g] == example.answer for g, example in zip(guesses, examples, strict=True))
+        guesses: list[int] = logits(model, tokenizer, encoded, batch_size, on_batch).argmax(-1).tolist()
+        return guesses
+
+    def metrics(self, examples: Sequence[Example], answers: Sequence[int]) -> dict[str, float]:
+        """The share of right answers; an unknown label counts as wrong."""
+        right = sum(self.labels[g] == example.answer for g, example in zip(answers, examples, strict=True))
         return {self.metric: right / len(examples)}
 
     @staticmethod

@@ -14,6 +14,7 @@ from ..sections import Task
 from .cut import Cut
 from .decoding import pad_left, positions, write_texts
 from .likelihood import most_likely
+from .scored import Scored
 from .sources import Example
 
 IGNORED = -100
@@ -39,7 +40,7 @@ EXACT_MATCH = Reading("exact_match", lambda example, text: normalize(text) == no
 """Right is the answer and nothing else, after `normalize`."""
 
 
-class Causal:
+class Causal(Scored):
     """What every family has whose model writes."""
 
     peft_task_type = "CAUSAL_LM"
@@ -121,33 +122,35 @@ class Generation(Causal):
         return collate
 
     @torch.inference_mode()
-    def score(
+    def answers(
         self,
         model: Any,
         tokenizer: PreTrainedTokenizerBase,
         examples: Sequence[Example],
         batch_size: int,
         on_batch: Callable[[int], None] = lambda done: None,
-    ) -> dict[str, float]:
-        """Share of `examples` answered right: by what is written greedily, or by the most likely option."""
+    ) -> list[bool]:
+        """Which of `examples` are answered right: by what is written greedily, or by the most likely option."""
         prompts = [ids[-self._task.max_length :] for ids in self._prompts(examples, tokenizer)]
         if self._task.scoring == "likelihood":
-            right = self._score_options(model, tokenizer, examples, prompts, batch_size, on_batch)
-        else:
-            complete = self._reading.complete
-            texts = write_texts(
-                model,
-                tokenizer,
-                prompts,
-                max_new_tokens=self._task.max_new_tokens,
-                batch_size=batch_size,
-                complete=None if complete is None else lambda i, text: complete(examples[i], text),
-                on_batch=on_batch,
-            )
-            right = sum(self._reading.right(example, text) for example, text in zip(examples, texts, strict=True))
-        return {self.metric: right / len(examples)}
+            return self._options_chosen(model, tokenizer, examples, prompts, batch_size, on_batch)
+        complete = self._reading.complete
+        texts = write_texts(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=self._task.max_new_tokens,
+            batch_size=batch_size,
+            complete=None if complete is None else lambda i, text: complete(examples[i], text),
+            on_batch=on_batch,
+        )
+        return [self._reading.right(example, text) for example, text in zip(examples, texts, strict=True)]
 
-    def _score_options(
+    def metrics(self, examples: Sequence[Example], answers: Sequence[bool]) -> dict[str, float]:
+        """The share of right answers."""
+        return {self.metric: sum(answers) / len(examples)}
+
+    def _options_chosen(
         self,
         model: Any,
         tokenizer: PreTrainedTokenizerBase,
@@ -155,7 +158,7 @@ class Generation(Causal):
         prompts: Sequence[list[int]],
         batch_size: int,
         on_batch: Callable[[int], None],
-    ) -> int:
+    ) -> list[bool]:
         assert self._reading.options is not None
         options = [self._reading.options(example) for example in examples]
         tokens = [
@@ -163,9 +166,9 @@ class Generation(Causal):
             for example, texts in zip(examples, options, strict=True)
         ]
         chosen = most_likely(model, prompts, tokens, tokenizer.pad_token_id, batch_size, on_batch)
-        return sum(
+        return [
             texts[best][1] == example.answer for example, texts, best in zip(examples, options, chosen, strict=True)
-        )
+        ]
 
     def _continued(self, example: Example, text: str) -> str:
         """`text` as it stands after the prompt: after a space, unless a chat's header or white space comes before."""

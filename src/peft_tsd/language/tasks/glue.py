@@ -19,6 +19,7 @@ from .classification import logits, padded
 from .cut import Cut
 from .material import Material, apart
 from .metrics import METRICS
+from .scored import Scored
 from .sources import Row, read_hub, read_table
 
 
@@ -144,7 +145,7 @@ def load_glue(data: Data, *, to_train: bool = True) -> Material:
     return material._replace(train=material.train[: data.train_size], notes=[*notes, *material.notes])
 
 
-class Glue:
+class Glue(Scored):
     """The sentences are read by a model with a classification head, or one output for a grade."""
 
     peft_task_type = "SEQ_CLS"
@@ -203,19 +204,24 @@ class Glue:
         """Rows to a batch, padded on the tokenizer's side."""
         return padded(tokenizer)
 
-    def score(
+    def answers(
         self,
         model: Any,
         tokenizer: PreTrainedTokenizerBase,
         examples: Sequence[Sentences],
         batch_size: int,
         on_batch: Callable[[int], None] = lambda done: None,
-    ) -> dict[str, float]:
-        """Every metric of the task."""
+    ) -> list[int] | list[float]:
+        """The label, or the grade, that the model gives each of `examples`."""
         outputs = logits(model, tokenizer, self._encoded(examples, tokenizer), batch_size, on_batch)
+        guesses: list[int] | list[float]
         guesses = (outputs[:, 0] if self._glue.labels is None else outputs.argmax(-1)).tolist()
+        return guesses
+
+    def metrics(self, examples: Sequence[Sentences], answers: Sequence[float]) -> dict[str, float]:
+        """Every metric of the task."""
         right = [self._number(example) for example in examples]
-        return {metric: METRICS[metric].measure(right, guesses) for metric in self._glue.metrics}
+        return {metric: METRICS[metric].measure(right, answers) for metric in self._glue.metrics}
 
     def _encoded(
         self,

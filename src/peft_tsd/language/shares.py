@@ -1,0 +1,44 @@
+"""Rows that are scored by several processes: each takes its share, and all get the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from torch import nn
+
+from ..distributed.passes import in_step
+from ..distributed.sharded import world
+from ..runs.processes import gathered
+from ..runs.stopping import Interrupted
+
+T = TypeVar("T")
+
+
+def shares(rows: Sequence[Any]) -> list[list[Any]]:
+    """The rows of each process, by its rank: every so-manieth, so that long ones and short ones come to all."""
+    _, size = world()
+    return [list(rows[rank::size]) for rank in range(size)]
+
+
+def shared_out(rows: Sequence[Any], work: Callable[[list[Any]], T], model: nn.Module) -> list[T]:
+    """What `work` gives for the share of each process, by its rank; every process gets all of it.
+
+    Args:
+        rows: The same in every process. There may be none for some.
+        work: It may be stopped in one process before it is in another: all are then stopped here.
+        model: What it computes with, which may be sharded.
+    """
+    rank, _ = world()
+    stopped: Interrupted | None = None
+    mine: T | None = None
+    with in_step(model):
+        try:
+            mine = work(shares(rows)[rank])
+        except Interrupted as interrupted:
+            stopped = interrupted
+    parts = gathered((mine, stopped))
+    for _, other in parts:
+        if other is not None:
+            raise other
+    return [found for found, _ in parts]  # type: ignore[misc]
