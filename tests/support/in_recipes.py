@@ -80,7 +80,8 @@ def do(runs: list[list[str]], at: dict | None = None, sharded: bool = False) -> 
     with screen():
         for recipe, *overrides in runs:
             train(load_recipe(recipe, overrides))
-    return 0
+    dist.barrier()
+    os._exit(0)  # what gloo does in the background may abort an interpreter that ends
 
 
 if __name__ == "__main__":

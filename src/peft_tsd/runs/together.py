@@ -8,6 +8,7 @@ is as after any sudden end (`folder`).
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
@@ -79,6 +80,11 @@ class _Word:
             return 1
         return code
 
+    def close(self) -> None:
+        """Nothing is to be said any more, in any process."""
+        self.over = True
+        self._leave(self._said)
+
     @staticmethod
     def _leave(store: Store) -> None:
         """Be gone; the main process, which may keep the store, waits for the others."""
@@ -94,7 +100,7 @@ class _Word:
 
 
 def together(work: Callable[[], int], say: Callable[[BaseException], int]) -> int:
-    """Do `work` as one of several processes, and return its exit code; after an error, end this process with it.
+    """Do `work` as one of several processes, and end this one with its exit code; return one where they did not meet.
 
     Args:
         work: In every process.
@@ -112,15 +118,15 @@ def together(work: Callable[[], int], say: Callable[[BaseException], int]) -> in
     try:
         code = work()
         dist.barrier()
+        word.close()
+        atexit._run_exitfuncs()  # of trackers, which finish what they upload
     except Exception as error:
-        # What waits for others in the background would not let the interpreter end, or end it otherwise.
-        _exit(word.end(_gone(error), say))
-    word.over = True
-    dist.destroy_process_group()
-    return code
+        code = word.end(_gone(error), say)
+    return _exit(code)
 
 
 def _exit(code: int) -> NoReturn:
+    """End at once: what waits for others in the background would not let the interpreter end, or would abort it."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)
