@@ -271,6 +271,15 @@ def test_a_weight_that_is_not_here_is_named(weight, message):
         advance(model, optimizer)
 
 
+def test_flattened_weights_are_refused_for_directions_of_the_gradient_too(tmp_path):
+    """A and B are flattened with them, and could not be started from the directions."""
+    model = get_peft_model(tiny.llama(), tiny.config(direction_source="gradient", prelaunch_steps=0))
+    layer = adapted_layers(model, "default")["model.layers.0.self_attn.q_proj"]
+    layer.base_layer.weight = nn.Parameter(torch.zeros(1024), requires_grad=False)
+    with pytest.raises(ValueError, match=r"q_proj': its base weight is flattened to shape \(1024,\), as FSDP1 does"):
+        trainer(tmp_path, model).train()
+
+
 def test_a_model_without_a_trainable_adapter(tmp_path, trained):
     with pytest.raises(ValueError, match="LlamaForCausalLM has no active, trainable TSD adapter"):
         trainer(tmp_path, tiny.llama()).train()

@@ -114,9 +114,8 @@ class TsdCallback(TrainerCallback):
             check_one_phase(layers, adapter)
             if optimizer is not None:
                 check_groups(layers, adapter, optimizer)
-            if config.direction_source == "weight":
-                for name, layer in layers.items():
-                    in_layer(name, layer.check_layout, adapter)
+            for name, layer in layers.items():
+                in_layer(name, layer.check_layout, adapter)
             restore(layers, adapter, state.global_step, args.output_dir)
             check_replicas(layers, adapter)
             if config.needs_gradients and phase_of(layers, adapter) == "pre-launch":

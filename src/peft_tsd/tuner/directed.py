@@ -357,13 +357,13 @@ class DirectedLayer(_Mixin):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def check_layout(self, adapter: str) -> None:
-        """Refuse a layer whose weight cannot be read, without a look at its numbers.
+        """Refuse a layer whose weight cannot be read, or that has lost its shape, without a look at its numbers.
 
         Raises:
-            ValueError: An adapter is merged into it; or it is not in memory, or flattened.
+            ValueError: An adapter is merged into it; its weight is flattened, or not in memory where it would be read.
         """
         self.check_unmerged()
-        if self.weight_device.type == "meta":
+        if self.weight_device.type == "meta" and self.settings(adapter).direction_source == "weight":
             raise ValueError(
                 "its base weight is offloaded (on the meta device); keep the weights of adapted layers in memory."
             )
@@ -379,8 +379,6 @@ class DirectedLayer(_Mixin):
         Raises:
             ValueError: As `check_layout`; or its weight holds NaN or Inf.
         """
-        if self.settings(adapter).direction_source == "gradient":
-            return  # the weight is not looked at
         self.check_layout(adapter)
-        if not is_sharded(self):
+        if self.settings(adapter).direction_source == "weight" and not is_sharded(self):
             check_matrix(self.weight_matrix(), "the base weight")
