@@ -23,8 +23,9 @@ def place(tmp_path):
 
 @pytest.mark.long
 def test_a_sharded_run_is_that_of_one_process(place):
-    """FSDP2, with the model scored and saved in parts; answers are as long as they are, row by row."""
-    recipe = str(recipe_in(place, evaluation={"every": 4}, task={"max_new_tokens": 6}))
+    """FSDP2, with the model scored and saved in parts; one process has more rows to score, and so passes to make."""
+    changed = {"data": {"test_size": 7}, "task": {"max_new_tokens": 6}, "training": {"steps": 9}}
+    recipe = str(recipe_in(place, evaluation={"every": 4, "batch_size": 1}, **changed))
     changes = {"tsd": [], "dash": ["method=lora-dash"], "loss": ["evaluation.during=loss", "evaluation.before=false"]}
     given = {name: [recipe, *change] for name, change in changes.items()}
     sharded = [[*run, "training.sharding=fsdp2", f"output={place / f'two {name}'}"] for name, run in given.items()]

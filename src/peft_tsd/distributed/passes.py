@@ -48,7 +48,8 @@ def in_step(model: nn.Module) -> Iterator[None]:
     with torch.no_grad():
         # Not in inference mode, whose tensors the backward passes after it could not use.
         model(**token)
-    hook = inner.register_forward_pre_hook(lambda *_: _none(working(1)))
+    # Each pass goes through the body once; an adapter calls the `forward` of the model around it, and no hook of that.
+    hook = inner.base_model.register_forward_pre_hook(lambda *_: _none(working(1)))
     try:
         yield
     finally:

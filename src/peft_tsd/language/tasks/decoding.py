@@ -97,6 +97,8 @@ def _write_batch(
             past_key_values=cache,
             generation_config=generation,
             stopping_criteria=[stop],
+            # Processes keep in step by every pass (`distributed.passes`), not by every text.
+            synced_gpus=False,
         )
         ids = output.sequences
         for row, new in zip(rows, ids[:, width:].tolist(), strict=True):
