@@ -64,7 +64,7 @@ def test_deepspeed_trains_as_one_process(place, stage):
     }
     (place / "zero.json").write_text(json.dumps(config))
     # Of LoRA-TSD the optimizer forgets more than one process's does.
-    recipe = str(recipe_in(place, method="lora-dash", evaluation={"every": 4}))
+    recipe = str(recipe_in(place, method="lora-dash", evaluation={"every": 4, "batch_size": 1}, data={"test_size": 7}))
     sharded = [[recipe, f"training.deepspeed={place / 'zero.json'}", f"output={place / 'two'}"]]
     given = {"runs": sharded, "sharded": True}
     ended = srun(2, json.dumps(given), by="support.in_recipes", DS_ACCELERATOR="cpu", DS_BUILD_OPS="0")

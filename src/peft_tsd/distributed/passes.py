@@ -16,14 +16,20 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from . import zero
 from .sharded import is_sharded
+
+
+def moves_as_one(model: nn.Module) -> bool:
+    """Whether ZeRO-3 has split `model`: it fetches ahead what it has seen used, so that all must make equal passes."""
+    return any(zero.is_split(parameter) for parameter in model.parameters())
 
 
 @contextmanager
 def in_step(model: nn.Module) -> Iterator[None]:
     """Within it each process makes as many forward passes of `model` as it needs; all enter and leave together.
 
-    Nothing is done about a model that is not sharded.
+    Nothing is done about a model that is not sharded; of one that moves as one all are to make the same passes.
 
     Args:
         model: A model of transformers' or PEFT's, on its device.
@@ -46,8 +52,12 @@ def in_step(model: nn.Module) -> Iterator[None]:
         # What is in no block of its own (embeddings, the head) stays whole: writing begins below the outermost module.
         model.set_reshard_after_forward(False, recurse=False)
     with torch.no_grad():
-        # Not in inference mode, whose tensors the backward passes after it could not use.
+        # Not in inference mode, whose tensors the backward passes after it could not use. It begins at the outermost
+        # module, where ZeRO-3 learns which weights a layer reads of another.
         model(**token)
+    if moves_as_one(model):
+        yield
+        return
     # Each pass goes through the body once; an adapter calls the `forward` of the model around it, and no hook of that.
     hook = inner.base_model.register_forward_pre_hook(lambda *_: _none(working(1)))
     try:

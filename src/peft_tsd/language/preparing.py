@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from ..distributed.sharded import world
+from ..distributed.passes import moves_as_one
 from ..errors import RecipeError, check_choice
 from ..models.finding import Source, locate, recorded_name
 from ..models.loading import check_target_modules, load_config, load_model, load_skeleton, load_tokenizer
@@ -30,7 +30,7 @@ from ..tuner.config import without_weights
 from .engines import check_processes
 from .recipe import Recipe
 from .sections import SUITES
-from .shares import shared_out, shares
+from .shares import own_share, shared_out, shares
 from .tasks import Family, load_task
 from .tasks.classification import Classification
 from .tasks.cut import Cut
@@ -83,22 +83,24 @@ class Job(NamedTuple):
         """Every metric of every task; `keep` leaves the progress bar on the screen."""
         model.eval()
         found = {}
-        asked = {name: shares(examples) for name, examples in self.asked.items()}
-        mine = sum(len(by_rank[world()[0]]) for by_rank in asked.values())
+        mine = sum(len(own_share(examples, model)) for examples in self.asked.values())
         bar = tqdm(total=mine, desc=title, unit="question", leave=keep, disable=not is_main())
+
+        as_one = moves_as_one(model)  # then none stops before the others
 
         def done(questions: int) -> None:
             bar.update(questions)
-            on_batch()
+            if not as_one:
+                on_batch()
 
         def answers(examples: list[Any]) -> list[Any]:
             size = self.recipe.evaluation.batch_size
             return self.task.answers(model, self.tokenizer, examples, size, done) if examples else []
 
         with self._casting(model), bar:
-            for name, by_rank in asked.items():
-                parts = shared_out(self.asked[name], answers, model)
-                found[name] = self.task.metrics(list(chain(*by_rank)), list(chain(*parts)))
+            for name, examples in self.asked.items():
+                parts = shared_out(examples, answers, model)
+                found[name] = self.task.metrics(list(chain(*shares(examples, model))), list(chain(*parts)))
         return found
 
     def held_out_loss(self, model: Any) -> float | None:

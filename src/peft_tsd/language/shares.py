@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..distributed.passes import in_step
+from ..distributed.passes import in_step, moves_as_one
 from ..distributed.sharded import world
 from ..runs.processes import gathered
 from ..runs.stopping import Interrupted
@@ -15,10 +15,21 @@ from ..runs.stopping import Interrupted
 T = TypeVar("T")
 
 
-def shares(rows: Sequence[Any]) -> list[list[Any]]:
-    """The rows of each process, by its rank: every so-manieth, so that long ones and short ones come to all."""
+def shares(rows: Sequence[Any], model: nn.Module) -> list[list[Any]]:
+    """The rows of each process, by its rank: every so-manieth, so that long ones and short ones come to all.
+
+    There is one share alone, which every process takes, of a model that moves as one.
+    """
+    if moves_as_one(model):
+        return [list(rows)]
     _, size = world()
     return [list(rows[rank::size]) for rank in range(size)]
+
+
+def own_share(rows: Sequence[Any], model: nn.Module) -> list[Any]:
+    """This process's."""
+    by_rank = shares(rows, model)
+    return by_rank[world()[0] % len(by_rank)]
 
 
 def shared_out(rows: Sequence[Any], work: Callable[[list[Any]], T], model: nn.Module) -> list[T]:
@@ -29,16 +40,15 @@ def shared_out(rows: Sequence[Any], work: Callable[[list[Any]], T], model: nn.Mo
         work: It may be stopped in one process before it is in another: all are then stopped here.
         model: What it computes with, which may be sharded.
     """
-    rank, _ = world()
     stopped: Interrupted | None = None
     mine: T | None = None
     with in_step(model):
         try:
-            mine = work(shares(rows)[rank])
+            mine = work(own_share(rows, model))
         except Interrupted as interrupted:
             stopped = interrupted
     parts = gathered((mine, stopped))
     for _, other in parts:
         if other is not None:
             raise other
-    return [found for found, _ in parts]  # type: ignore[misc]
+    return [found for found, _ in parts[: len(shares((), model))]]  # type: ignore[misc]
