@@ -104,6 +104,7 @@ def test_killed_at_any_point_it_ends_in_the_same_results(place):
             assert all(torch.equal(left[name], right[name]) for name in left), weights
 
 
+@pytest.mark.long
 def test_the_tuned_value_is_the_best_on_validation_rows(place):
     recipe = text_models.write_recipe(place)
     plan = make_plan(str(recipe), methods=["lora"], seeds=[1], tune=("lr", [1e-30, 0.03]), validation_size=12)

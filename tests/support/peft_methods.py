@@ -137,9 +137,10 @@ def page() -> str:
 HEAD = f"""\
 # Directions beside other PEFT methods
 
-`DashConfig(peft=...)` takes the configuration of another method of PEFT's. That method is trained as ever; after
-`prelaunch_steps` the task-specific directions of each layer are identified from the change it has made of that layer's
-weight, ΔW = merged weight − base weight, and Δσ along them is learned beside it: `layer(x) + U diag(Δσ) Vᵀ x`.
+`DashConfig(peft=...)` takes the configuration of another method of PEFT's. That method is trained as ever, and Δσ
+along directions of each layer is learned beside it: `layer(x) + U diag(Δσ) Vᵀ x`. They are those of the gradient,
+found before the first step, or, with `prelaunch_steps`, the paper's, identified after so many steps from the change
+the method has made of the layer's weight, ΔW = merged weight − base weight.
 
 The table has every method that PEFT {peft.__version__} registers.
 `PYTHONPATH=tests python -m support.peft_methods` writes it, and a test fails where it is out of date, or where a
