@@ -57,6 +57,7 @@ def test_a_refusal_is_said_once_and_with_the_code_of_one_process(place):
     assert not (place / "run").exists()
 
 
+@pytest.mark.long
 def test_one_process_that_is_told_to_stop_stops_all_and_one_continues(place):
     recipe = recipe_in(place)
     at = {"rank": 1, "step": 6, "signal": int(signal.SIGTERM)}
