@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,10 @@ def collect(folder: Path, name: str) -> Path:
                 raise ValueError(f"{folder} and {path.name} have other settings of {what}: {now} and {known}")
         kept["common"], kept["variants"][_name(row)] = common, own
         rows[_key(row)] = _compact(row, kept["setups"])
-    if content["command"] and content["command"] not in kept["commands"]:
-        kept["commands"].append(content["command"])
+    # Where files lie differs between machines.
+    command = re.sub(r"(?<=[ =])/\S*/(?=\S)", "", content["command"] or "")
+    if command and command not in kept["commands"]:
+        kept["commands"].append(command)
     order = list(kept["variants"])
     kept["rows"] = sorted(
         rows.values(),
@@ -97,7 +100,9 @@ def _settings(recipe: Row) -> tuple[Row, Row]:
     # It says where the weights lie, which differs between machines.
     common["model"]["name"] = Path(common["model"]["name"]).name
     del common["optimizer"]["learning_rate"], common["evaluation"]["batch_size"]
-    common["training"].pop("start_batches", None)
+    # The first is a variant's, the others say how a run is watched, and on how many devices it is done.
+    for key in ("start_batches", "report_to", "sharding", "deepspeed"):
+        common["training"].pop(key, None)
     return common, own
 
 
