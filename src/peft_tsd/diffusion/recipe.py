@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from ..recipes.reading import load_as
-from ..recipes.shared import Adapter, Directions, Optimizer, RunRecipe, Saving, Section, absolute_if_there
+from ..recipes.shared import Adapter, Directions, NameOrPath, Optimizer, RunRecipe, Saving, Section
 from ..tuner.settings import DirectionSource
 
 SHORT = {"model": "model.name", "data": "data.folder", "prompt": "data.prompt"}
@@ -21,7 +21,7 @@ SHORT = {"model": "model.name", "data": "data.folder", "prompt": "data.prompt"}
 class Model(Section):
     """The frozen pipeline, of any family in `families`."""
 
-    name: str
+    name: NameOrPath
     """A hub name, or a folder in diffusers' layout (model_index.json, unet/ or transformer/, vae/, ...)."""
     revision: str | None = None
     variant: str | None = None
@@ -29,25 +29,15 @@ class Model(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the frozen weights and the arithmetic; the adapter is trained in float32."""
 
-    @field_validator("name")
-    @classmethod
-    def _absolute(cls, name: str) -> str:
-        return absolute_if_there(name)
-
 
 class Data(Section):
     """The photos of the subject."""
 
-    folder: str | None = None
+    folder: NameOrPath | None = None
     prompt: str | None = None
     """What every photo shows, with a rare word for the subject: `a photo of sks backpack`."""
     resolution: int = Field(default=512, ge=8)
     """Pixels a side; photos are scaled to it by their shorter side and cropped to their middle."""
-
-    @field_validator("folder")
-    @classmethod
-    def _absolute(cls, folder: str | None) -> str | None:
-        return folder if folder is None else absolute_if_there(folder)
 
 
 class Prior(Section):
@@ -55,16 +45,11 @@ class Prior(Section):
 
     prompt: str | None = None
     """What they show: `a photo of a backpack`. Without it there is no prior preservation."""
-    folder: str | None = None
+    folder: NameOrPath | None = None
     """Where they are; without it the frozen model draws them."""
     num_images: int = Field(default=100, ge=1)
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Of their loss beside the subject's."""
-
-    @field_validator("folder")
-    @classmethod
-    def _absolute(cls, folder: str | None) -> str | None:
-        return folder if folder is None else absolute_if_there(folder)
 
     @model_validator(mode="after")
     def _has_prompt(self) -> Prior:
@@ -136,15 +121,10 @@ class ComparisonSection(Section):
     """`{}` stands for the subject's words: what `data.prompt` says after "a photo of"."""
     num_images: int = Field(default=4, ge=1)
     """Images a prompt and method."""
-    clip: str | None = CLIP
+    clip: NameOrPath | None = CLIP
     """The CLIP model of CLIP-T and CLIP-I, a hub name or a folder; null for none."""
-    dino: str | None = DINO
+    dino: NameOrPath | None = DINO
     """The DINO model, likewise."""
-
-    @field_validator("clip", "dino")
-    @classmethod
-    def _absolute(cls, name: str | None) -> str | None:
-        return name if name is None else absolute_if_there(name)
 
 
 class OfWeights(Directions):

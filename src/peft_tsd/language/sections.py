@@ -6,13 +6,13 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ..recipes.shared import Saving, Section, absolute_if_there
+from ..recipes.shared import NameOrPath, Saving, Section
 
 
 class Model(Section):
     """The frozen model."""
 
-    name: str
+    name: NameOrPath
     """A hub name, a local folder, a GGUF file, or either of the last two in an installed package: `package://NAME/PATH`."""
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -20,11 +20,6 @@ class Model(Section):
     """Quantize the frozen weights with bitsandbytes: to 4 bits (NF4, its scales quantized too) or 8."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for a model whose author you trust."""
-
-    @field_validator("name")
-    @classmethod
-    def _absolute(cls, name: str) -> str:
-        return absolute_if_there(name)
 
 
 SUITES = ("commonsense", "math", "glue")
@@ -34,11 +29,11 @@ SUITES = ("commonsense", "math", "glue")
 class Data(Section):
     """Where questions and answers come from: a file or hub dataset (`name`), a `generator`, or a suite's own sets."""
 
-    name: str | None = None
+    name: NameOrPath | None = None
     """A hub name, or a local .json, .jsonl, .csv, .tsv or .parquet file."""
     subset: str | None = None
     split: str = "train"
-    test_name: str | None = None
+    test_name: NameOrPath | None = None
     """A local file to score on. Without it and `test_split`, `test_size` rows of `name` are held out."""
     test_split: str | None = None
     generator: str | None = None
@@ -52,7 +47,7 @@ class Data(Section):
     test_size: int | None = Field(default=None, ge=1)
     """Most rows to score on, 200 by default; in a suite the first rows of each task, by default all. None of them has
     a prompt that is trained on."""
-    folder: str | None = None
+    folder: NameOrPath | None = None
     """The folder of a suite's data sets, one folder a task; the hub's data sets without it."""
     tasks: list[str] | None = None
     """The tasks of a suite to score on; all there are without it."""
@@ -62,11 +57,6 @@ class Data(Section):
     """Training rows that are not trained on, for `evaluation.on: validation`."""
     seed: int | None = None
     """Chooses generated, held-out or (`train_size` of a suite) training rows; the recipe's `seed` without it."""
-
-    @field_validator("name", "test_name", "folder")
-    @classmethod
-    def _absolute(cls, name: str | None) -> str | None:
-        return name if name is None else absolute_if_there(name)
 
     @model_validator(mode="after")
     def _fits_source(self) -> Data:
@@ -168,7 +158,7 @@ class Training(Saving):
     directions of gradients, `lora-ga` and `eva`. They are trained on all the same."""
     sharding: Literal["fsdp2"] | None = None
     """Split the model over the processes, by FSDP2; by DDP each has it whole."""
-    deepspeed: str | None = None
+    deepspeed: NameOrPath | None = None
     """A file with DeepSpeed's configuration, by which several processes train."""
     report_to: list[str] = Field(default=[])
     """Trackers that draw the curves of the run, by their names in `transformers.TrainingArguments`."""
@@ -177,11 +167,6 @@ class Training(Saving):
     @classmethod
     def _some_trackers(cls, given: Any) -> Any:
         return [] if given in (None, "none") else [given] if isinstance(given, str) else given
-
-    @field_validator("deepspeed")
-    @classmethod
-    def _absolute(cls, name: str | None) -> str | None:
-        return name if name is None else absolute_if_there(name)
 
     @model_validator(mode="after")
     def _one_engine(self) -> Training:

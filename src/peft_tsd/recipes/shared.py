@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import yaml
 from peft import LoraConfig
-from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
 from ..errors import RecipeError, did_you_mean
 from ..tuner.config import TsdConfig
@@ -21,6 +21,10 @@ def absolute_if_there(name: str) -> str:
     """A local path spelled out, so that the recipe kept in a run folder means the same from everywhere."""
     path = Path(name).expanduser()
     return str(path.absolute()) if path.exists() else name
+
+
+NameOrPath = Annotated[str, AfterValidator(absolute_if_there)]
+"""A name of the hub's, or a local path."""
 
 
 class Section(BaseModel):
