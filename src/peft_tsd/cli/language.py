@@ -10,13 +10,13 @@ from pathlib import Path
 
 from .. import compare as comparing
 from .. import language
+from ..distributed.sharded import is_main_process
 from ..errors import InputError
 from ..export import export_lora
 from ..export.gguf import find_converter, write_gguf
 from ..files.adapters import CONFIG
 from ..language.recipe import apply_overrides, load_recipe
 from ..recipes.reading import find_recipe
-from ..runs.processes import is_main
 from ..runs.stopping import Interrupted
 from .screen import BAD_INPUT, DONE, INTERRUPTED, near, say_how_to_resume, screen
 from .summary import summary
@@ -29,11 +29,11 @@ def train(arguments: argparse.Namespace) -> int:
         try:
             result = language.train(recipe)
         except Interrupted as interrupted:
-            if is_main():
+            if is_main_process():
                 say_how_to_resume(interrupted.folder)
             return 128 + interrupted.signal
     text = summary(result)  # what is sharded is read by all
-    if is_main():
+    if is_main_process():
         print(text)
     return DONE
 

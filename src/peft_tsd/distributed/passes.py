@@ -58,8 +58,12 @@ def in_step(model: nn.Module) -> Iterator[None]:
     if moves_as_one(model):
         yield
         return
+
     # Each pass goes through the body once; an adapter calls the `forward` of the model around it, and no hook of that.
-    hook = inner.base_model.register_forward_pre_hook(lambda *_: _none(working(1)))
+    def before_pass(*_: Any) -> None:
+        working(1)
+
+    hook = inner.base_model.register_forward_pre_hook(before_pass)
     try:
         yield
     finally:
@@ -70,7 +74,3 @@ def in_step(model: nn.Module) -> Iterator[None]:
     if isinstance(model, FSDPModule):
         model.set_reshard_after_forward(True, recurse=False)
         model.reshard()
-
-
-def _none(_: int) -> None:
-    """What a hook gives that changes no argument."""

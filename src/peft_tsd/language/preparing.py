@@ -17,6 +17,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from ..distributed.passes import moves_as_one
+from ..distributed.sharded import is_main_process
 from ..errors import RecipeError, check_choice
 from ..models.finding import Source, locate, recorded_name
 from ..models.loading import check_target_modules, load_config, load_model, load_skeleton, load_tokenizer
@@ -25,7 +26,6 @@ from ..recipes.methods import METHODS, Row
 from ..runs.disk import check_disk
 from ..runs.folder import RunFolder
 from ..runs.machine import environment
-from ..runs.processes import is_main
 from ..tuner.config import without_weights
 from .engines import check_processes
 from .recipe import Recipe
@@ -84,8 +84,7 @@ class Job(NamedTuple):
         model.eval()
         found = {}
         mine = sum(len(own_share(examples, model)) for examples in self.asked.values())
-        bar = tqdm(total=mine, desc=title, unit="question", leave=keep, disable=not is_main())
-
+        bar = tqdm(total=mine, desc=title, unit="question", leave=keep, disable=not is_main_process())
         as_one = moves_as_one(model)  # then none stops before the others
 
         def done(questions: int) -> None:

@@ -11,14 +11,14 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from ..distributed.sharded import whole_state
+from ..distributed.sharded import is_main_process, whole_state
 from ..errors import RecipeError
 from ..files.adapters import WEIGHTS
 from ..models.origin import Fingerprint, write_origin
 from ..runs.folder import RunFolder
 from ..runs.log import file_only
 from ..runs.machine import peak_memory
-from ..runs.processes import by_main, gathered, is_main
+from ..runs.processes import by_main, gathered
 from ..runs.stopping import Stop
 from ..schedule.callback import TsdCallback
 from ..schedule.gradients import random_states_kept
@@ -52,7 +52,7 @@ class Record(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._bar = tqdm(
-            total=self._steps, initial=state.global_step, desc="training", unit="step", disable=not is_main()
+            total=self._steps, initial=state.global_step, desc="training", unit="step", disable=not is_main_process()
         )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -123,6 +123,6 @@ def _arguments(job: Job) -> TrainingArguments:
     if recipe.evaluation.patience is not None:
         # Trainer asks for saving at multiples of the evaluations; `EarlyStop` saves whenever one is the best so far.
         arguments.load_best_model_at_end = True
-    # A run is one process on one device; Trainer would take every GPU it sees by DataParallel.
+    # Each process has one device; Trainer would take every GPU it sees by DataParallel.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments

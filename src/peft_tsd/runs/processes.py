@@ -90,14 +90,9 @@ def join() -> None:
         PartialState(cpu=found is None or found.type == "mps", timeout=PATIENCE)
 
 
-def is_main() -> bool:
-    """Whether this process is the one that writes and shows."""
-    return is_main_process()
-
-
 def only_main(context: AbstractContextManager[Any]) -> AbstractContextManager[Any]:
     """`context` in the main process; nothing in the others."""
-    return context if is_main() else nullcontext()
+    return context if is_main_process() else nullcontext()
 
 
 def by_main(work: Callable[[], T]) -> T:
@@ -111,7 +106,7 @@ def by_main(work: Callable[[], T]) -> T:
         return work()
     sent: list[Any] = [None, None]
     failed: Exception | None = None
-    if is_main():
+    if is_main_process():
         try:
             sent[0] = work()
         except Exception as error:

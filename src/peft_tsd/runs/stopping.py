@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from .processes import highest, is_main
+from ..distributed.sharded import is_main_process
+from .processes import highest
 
 
 class Interrupted(Exception):
@@ -45,7 +46,7 @@ class Stop:
         self.check_here()
 
     def check_here(self) -> None:
-        """Be a safe point of this process alone, in work that is shared out (see `language.scoring`).
+        """Be a safe point of this process alone, in work that is shared out (see `language.shares`).
 
         Raises:
             Interrupted: It was asked to stop.
@@ -72,7 +73,7 @@ def interruptible(folder: Path) -> Iterator[Stop]:
         stop.requested = number
         restore()
         again = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        if is_main():
+        if is_main_process():
             print(f"\nstopping at the next safe point; {again} once more stops at once", file=sys.stderr)
 
     for number in before:

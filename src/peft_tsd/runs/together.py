@@ -23,10 +23,10 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from transformers.utils import logging as transformers_logging
 
-from ..distributed.sharded import world
+from ..distributed.sharded import is_main_process, world
 from ..errors import one_line
 from .log import file_only
-from .processes import ElsewhereError, is_main, is_of_another, join
+from .processes import ElsewhereError, is_of_another, join
 
 FAREWELL = 20
 """Seconds for which a process waits for the last of the others, so that each hears the word."""
@@ -54,7 +54,7 @@ class _Word:
             code, error = 1, "another process ended"
         if self.over:
             return
-        if is_main():
+        if is_main_process():
             file_only(error)
         self._leave(self._heard)
         _exit(code)
@@ -110,7 +110,7 @@ def together(work: Callable[[], int], say: Callable[[BaseException], int]) -> in
         join()
     except (ValueError, RuntimeError) as error:
         return say(error)
-    if not is_main():
+    if not is_main_process():
         logging.disable()
         warnings.simplefilter("ignore")
         transformers_logging.disable_progress_bar()

@@ -166,7 +166,7 @@ def identify_from_gradients(
         if phase_of(layers, adapter) == "dash":
             raise ValueError(f"The directions of adapter {adapter!r} have been identified before.")
         config = config_of(layers, adapter)
-        steps = config.direction_source == "gradient" and config.first_step
+        steps = config.begins_with_step
         half = -(-len(batches) // 2) if steps else len(batches)
         if config.direction_source == "gradient":
             find = partial(along_gradients, bare, batches[:half], loss)

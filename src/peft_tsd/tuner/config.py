@@ -163,7 +163,7 @@ class TsdConfig(DirectionSettings, LoraConfig):
             raise ValueError(
                 f"init_lora_weights={self.init_lora_weights!r} cannot be combined with {self.method}: {refused}."
             )
-        steps = self.starts_from_directions and self.direction_source == "gradient" and self.first_step
+        steps = self.starts_from_directions and self.begins_with_step
         if self.subtracts_init or self.subtracts_start or steps:
             start = "first_step" if steps else "init_lora_weights" if self.subtracts_init else "init_reading"
             for alpha in (self.lora_alpha, *(self.alpha_pattern or {}).values()):

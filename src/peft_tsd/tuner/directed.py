@@ -356,6 +356,10 @@ class DirectedLayer(_Mixin):
             self.check_unmerged()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+    def reads_weight(self, adapter: str) -> bool:
+        """Whether the directions are the frozen weight's; for those of the gradient nothing looks at it."""
+        return self.settings(adapter).direction_source == "weight"
+
     def check_layout(self, adapter: str) -> None:
         """Refuse a layer whose weight cannot be read, or that has lost its shape, without a look at its numbers.
 
@@ -363,7 +367,7 @@ class DirectedLayer(_Mixin):
             ValueError: An adapter is merged into it; its weight is flattened, or not in memory where it would be read.
         """
         self.check_unmerged()
-        if self.weight_device.type == "meta" and self.settings(adapter).direction_source == "weight":
+        if self.reads_weight(adapter) and self.weight_device.type == "meta":
             raise ValueError(
                 "its base weight is offloaded (on the meta device); keep the weights of adapted layers in memory."
             )
@@ -380,5 +384,5 @@ class DirectedLayer(_Mixin):
             ValueError: As `check_layout`; or its weight holds NaN or Inf.
         """
         self.check_layout(adapter)
-        if self.settings(adapter).direction_source == "weight" and not is_sharded(self):
+        if self.reads_weight(adapter) and not is_sharded(self):
             check_matrix(self.weight_matrix(), "the base weight")

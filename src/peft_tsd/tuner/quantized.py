@@ -91,7 +91,7 @@ class QuantizedLayer(TsdLayer):
 
     def check_layout(self, adapter: str) -> None:
         base = self.get_base_layer()
-        if self.settings(adapter).direction_source == "weight" and is_sharded(base):
+        if self.reads_weight(adapter) and is_sharded(base):
             raise ValueError(
                 f"its quantized weight ({type(base).__name__}) is sharded over processes, and a part of it cannot be "
                 "de-quantized; train with DDP, or load the base model in bfloat16."

@@ -225,6 +225,11 @@ class DirectionSettings:
         return self.max_directions or 4 * self.num_directions
 
     @property
+    def begins_with_step(self) -> bool:
+        """Whether the directions are the gradient's, and the adapter begins with a step along them."""
+        return self.direction_source == "gradient" and self.first_step
+
+    @property
     def needs_gradients(self) -> bool:
         """Whether the directions are identified from the gradients of batches, rather than from what was learned."""
         return self.prelaunch_steps == 0 or self.direction_source == "gradient"
