@@ -21,8 +21,7 @@ from support import text_models
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    text_models.llama_folder(tmp_path / "model")
-    text_models.jsonl(tmp_path / "data.jsonl", text_models.rows(20))
+    text_models.place_in(tmp_path, 20)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

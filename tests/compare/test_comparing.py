@@ -20,9 +20,7 @@ from support.comparisons import computed
 
 @pytest.fixture
 def place(tmp_path):
-    text_models.llama_folder(tmp_path / "model")
-    text_models.jsonl(tmp_path / "data.jsonl", text_models.rows(30))
-    return tmp_path
+    return text_models.place_in(tmp_path, 30)
 
 
 @pytest.mark.long

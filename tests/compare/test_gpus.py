@@ -37,8 +37,7 @@ def test_a_run_sees_its_own(tmp_path, monkeypatch, capsys, given, jobs, seen):
     monkeypatch.delenv(gpus.VISIBLE, raising=False)
     if given:
         monkeypatch.setenv(gpus.VISIBLE, given)
-    text_models.llama_folder(tmp_path / "model")
-    text_models.jsonl(tmp_path / "data.jsonl", text_models.rows(30))
+    text_models.place_in(tmp_path, 30)
     recipe = text_models.write_recipe(tmp_path, training={"steps": 2}, directions={"prelaunch_steps": 1})
     plan = make_plan(str(recipe), methods=["base"], seeds=[0, 1, 2] if seen else [0])
     compare(plan, tmp_path / "out", jobs=jobs)

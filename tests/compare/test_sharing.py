@@ -19,9 +19,7 @@ from support.waiting import PATIENCE, until
 
 @pytest.fixture
 def place(tmp_path):
-    text_models.llama_folder(tmp_path / "model")
-    text_models.jsonl(tmp_path / "data.jsonl", text_models.rows(30))
-    return tmp_path
+    return text_models.place_in(tmp_path, 30)
 
 
 def beginnings(out):

@@ -273,8 +273,7 @@ def main() -> None:
     for how in args.how:
         with tempfile.TemporaryDirectory() as folder:
             place = Path(folder)
-            text_models.llama_folder(place / "model")
-            text_models.jsonl(place / "data.jsonl", text_models.rows(20))
+            text_models.place_in(place, 20)
             if how == "full":
                 fill_and_continue(place, args.count, rng)
             else:

@@ -9,6 +9,4 @@ from support import text_models
 def place(tmp_path, monkeypatch):
     """The folder one is in, with a tiny Llama and 20 rows of data."""
     monkeypatch.chdir(tmp_path)
-    text_models.llama_folder(tmp_path / "model")
-    text_models.jsonl(tmp_path / "data.jsonl", text_models.rows(20))
-    return tmp_path
+    return text_models.place_in(tmp_path, 20)

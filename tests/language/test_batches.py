@@ -52,9 +52,7 @@ def test_orders_differ_by_seed_and_epoch_and_batches_are_not_sorted():
 
 @pytest.fixture
 def place(tmp_path):
-    text_models.llama_folder(tmp_path / "model")
-    text_models.jsonl(tmp_path / "data.jsonl", text_models.rows(30))
-    return tmp_path
+    return text_models.place_in(tmp_path, 30)
 
 
 def test_a_run_continues_in_the_second_epoch_to_the_same_bits(place, monkeypatch):

@@ -25,9 +25,7 @@ TEMPLATE = (
 @pytest.fixture
 def place(tmp_path):
     """A folder with a tiny Llama and 37 rows: 6 to score on, and a last batch of three rows in each epoch."""
-    text_models.llama_folder(tmp_path / "model")
-    text_models.jsonl(tmp_path / "data.jsonl", text_models.rows(37))
-    return tmp_path
+    return text_models.place_in(tmp_path, 37)
 
 
 def test_two_processes_do_the_run_of_one(place):

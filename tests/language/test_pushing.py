@@ -24,8 +24,7 @@ from support.stub_hub import hub
 def trained(tmp_path_factory):
     """A run whose base lies in a folder of this machine, and its result."""
     place = tmp_path_factory.mktemp("pushed")
-    text_models.llama_folder(place / "model")
-    text_models.jsonl(place / "data.jsonl", text_models.rows(20))
+    text_models.place_in(place, 20)
     return place, run(text_models.write_recipe(place))
 
 

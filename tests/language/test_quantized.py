@@ -22,9 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:(Unm|M)erge lora module")
 @pytest.fixture
 def place(tmp_path):
     """A folder with a tiny Llama and 20 rows of data."""
-    text_models.llama_folder(tmp_path / "model")
-    text_models.jsonl(tmp_path / "data.jsonl", text_models.rows(20))
-    return tmp_path
+    return text_models.place_in(tmp_path, 20)
 
 
 @pytest.mark.parametrize("quantization", ["bnb-4bit", "bnb-8bit"])

@@ -35,9 +35,7 @@ TRAINED = {
 
 @pytest.fixture
 def place(tmp_path):
-    text_models.llama_folder(tmp_path / "model")
-    text_models.jsonl(tmp_path / "data.jsonl", text_models.rows(20))
-    return tmp_path
+    return text_models.place_in(tmp_path, 20)
 
 
 def test_compare_knows_every_method():

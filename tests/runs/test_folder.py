@@ -30,9 +30,7 @@ from support import text_models
 
 @pytest.fixture
 def place(tmp_path):
-    text_models.llama_folder(tmp_path / "model")
-    text_models.jsonl(tmp_path / "data.jsonl", text_models.rows(20))
-    return tmp_path
+    return text_models.place_in(tmp_path, 20)
 
 
 def run(recipe: Path, *overrides: str) -> training.Result:

@@ -23,11 +23,6 @@ SOURCES = ("weight", "gradient")
 STEPS = 6
 
 
-def batch(device: str, seed: int) -> dict[str, torch.Tensor]:
-    ids = tiny.tokens(4, 9, seed=seed).to(device)
-    return {"input_ids": ids, "labels": ids}
-
-
 def adapted(device: str, method: str, source: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """A tiny Llama with an adapter, which draws the same on every device."""
     torch.manual_seed(0)
@@ -40,10 +35,10 @@ def train(model: Any, device: str, step: Callable[[Any, Any, torch.Tensor], None
     """Over the transition, or from directions of the gradient; `step` takes a model, its optimizer and a loss."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     if model.peft_config["default"].needs_gradients:
-        identify_from_gradients(model, [batch(device, 10 + i) for i in range(3)], optimizer)
+        identify_from_gradients(model, [tiny.batch(10 + i, device) for i in range(3)], optimizer)
     losses = []
     for i in range(STEPS):
-        loss = (model if forward is None else forward)(**batch(device, i)).loss
+        loss = (model if forward is None else forward)(**tiny.batch(i, device)).loss
         step(model, optimizer, loss)
         losses.append(loss.item())
     assert all(0 < loss < 10 for loss in losses), f"losses {losses}"

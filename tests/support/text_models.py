@@ -40,6 +40,13 @@ def rows(count: int, start: int = 0) -> list[dict[str, str]]:
     return found
 
 
+def place_in(folder: Path, count: int) -> Path:
+    """`folder`, with a tiny Llama in `model` and so many rows in `data.jsonl`."""
+    llama_folder(folder / "model")
+    jsonl(folder / "data.jsonl", rows(count))
+    return folder
+
+
 def tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE, so that any text can be read, of 300 tokens."""
     bpe = Tokenizer(models.BPE())
@@ -172,3 +179,8 @@ def write_recipe(folder: Path, **sections) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     return path
+
+
+def score(task, model, tokenizer, examples, *how) -> dict[str, float]:
+    """Every metric of what a model answers to examples of a task; `how` as `answers` takes it."""
+    return task.metrics(examples, task.answers(model, tokenizer, examples, *how))

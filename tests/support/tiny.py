@@ -76,11 +76,11 @@ def config(method: str = "lora-tsd", **changes) -> TsdConfig:
     return TsdConfig(method=method, **{**settings, **changes})
 
 
-def train(model: nn.Module, steps: int, inputs=None, optimizer=None, lr: float = 1e-2) -> list[float]:
-    """A loop of one's own: `steps` steps of AdamW, the schedule advanced after each."""
+def train(model: nn.Module, steps: int, inputs=None, optimizer=None, lr: float = 1e-2, start: int = 0) -> list[float]:
+    """A loop of one's own: `steps` steps of AdamW, the schedule advanced after each; on text from that of `start`."""
     optimizer = optimizer or torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     losses = []
-    for step in range(steps):
+    for step in range(start, start + steps):
         loss = model(inputs).square().mean() if inputs is not None else language_loss(model, step)
         loss.backward()
         optimizer.step()
@@ -91,5 +91,9 @@ def train(model: nn.Module, steps: int, inputs=None, optimizer=None, lr: float =
 
 
 def language_loss(model: nn.Module, step: int) -> torch.Tensor:
-    ids = tokens(4, 9, seed=step)
-    return model(ids, labels=ids).loss
+    return model(**batch(step, next(model.parameters()).device)).loss
+
+
+def batch(step: int, device="cpu") -> dict[str, torch.Tensor]:
+    ids = tokens(4, 9, seed=step).to(device)
+    return {"input_ids": ids, "labels": ids}

@@ -17,13 +17,12 @@ import torch
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from peft_tsd import DashConfig, advance, export_lora, identify_from_gradients
+from peft_tsd import DashConfig, export_lora, identify_from_gradients
 from peft_tsd.models import packed
 from peft_tsd.tuner import stacked
 from support import directions, peft_methods, tiny
+from support.on_device import METHODS
 from support.second_device import There, here, second_device
-
-METHODS = ["lora-dash", "lora-init", "lora-tsd"]
 
 
 @contextmanager
@@ -38,29 +37,11 @@ def there(in_one_step: bool) -> Iterator[torch.device]:
         yield device
 
 
-def batch(device, seed: int) -> dict[str, torch.Tensor]:
-    ids = tiny.tokens(4, 9, seed=seed).to(device)
-    return {"input_ids": ids, "labels": ids}
-
-
 def base(device):
     model = tiny.llama()
     model.model.layers = model.model.layers[:1]
     model.config.use_cache = False  # transformers' cache asks which device is free
     return model.to(device)
-
-
-def train(model, steps: int, device, start: int = 0, optimizer=None) -> list[float]:
-    optimizer = optimizer or torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for step in range(start, start + steps):
-        loss = model(**batch(device, step)).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        advance(model, optimizer)
-        losses.append(loss.item())
-    return losses
 
 
 def logits(model, device) -> torch.Tensor:
@@ -76,9 +57,9 @@ def lived(config, device, folder) -> dict[str, Any]:
     settings = config if isinstance(config, DashConfig) else model.peft_config["default"]
     first = []
     if settings.needs_gradients:
-        first = train(model, settings.prelaunch_steps, device, optimizer=optimizer)
-        identify_from_gradients(model, [batch(device, 10 + i) for i in range(3)], optimizer)
-    losses = [*first, *train(model, 6 - len(first), device, len(first), optimizer)]
+        first = tiny.train(model, settings.prelaunch_steps, optimizer=optimizer)
+        identify_from_gradients(model, [tiny.batch(10 + i, device) for i in range(3)], optimizer)
+    losses = [*first, *tiny.train(model, 6 - len(first), optimizer=optimizer, start=len(first))]
     assert all(p.device == device for p in (*model.parameters(), *model.buffers()))
     model.eval()
     found = {"losses": torch.tensor(losses), "trained": logits(model, device)}
@@ -86,7 +67,7 @@ def lived(config, device, folder) -> dict[str, Any]:
     loaded = PeftModel.from_pretrained(base(device), str(folder / "saved"), is_trainable=True).eval()
     assert all(p.device == device for p in (*loaded.parameters(), *loaded.buffers()))
     found["loaded"] = logits(loaded, device)
-    found["going on"] = torch.tensor(train(loaded, 2, device, 6))
+    found["going on"] = torch.tensor(tiny.train(loaded, 2, start=6))
     model.merge_adapter(safe_merge=True)
     found["merged"] = logits(model, device)
     model.unmerge_adapter()

@@ -54,6 +54,6 @@ def test_scoring_by_likelihood_counts_right_options(tmp_path):
     right = []
     for option in ("answer1", "answer2", "answer3", "answer4"):
         asked = [Example(prompt, option) for prompt in prompts]
-        right.append(task.score(model, tokenizer, asked, 4)["accuracy"])
+        right.append(text_models.score(task, model, tokenizer, asked, 4)["accuracy"])
     # Every question has one likeliest option.
     assert sum(right) == pytest.approx(1.0)

@@ -231,9 +231,9 @@ def test_score_is_greedy_exact_match_whatever_the_batch(tmp_path, folder):
         Example(e.prompt, answer(e.prompt).upper() if i % 3 == 0 else "never this") for i, e in enumerate(examples(9))
     ]
     seen: list[int] = []
-    assert task.score(model, tokenizer, asked, 4, seen.append) == {"exact_match": pytest.approx(3 / 9)}
+    assert text_models.score(task, model, tokenizer, asked, 4, seen.append) == {"exact_match": pytest.approx(3 / 9)}
     assert sum(seen) == 9
-    assert task.score(model, tokenizer, asked, 1) == {"exact_match": pytest.approx(3 / 9)}
+    assert text_models.score(task, model, tokenizer, asked, 1) == {"exact_match": pytest.approx(3 / 9)}
 
 
 # Classification
@@ -253,12 +253,12 @@ def test_classifier_learns_its_labels_and_scores_accuracy(tmp_path):
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert task.score(model, tokenizer, given, 7) == {"accuracy": 1.0}
-    assert task.score(model, tokenizer, [*given, Example("yes 1", "unknown")], 7) == {
+    assert text_models.score(task, model, tokenizer, given, 7) == {"accuracy": 1.0}
+    assert text_models.score(task, model, tokenizer, [*given, Example("yes 1", "unknown")], 7) == {
         "accuracy": pytest.approx(30 / 31)
     }
     flipped = [Example(e.prompt, "negative" if e.answer == "positive" else "positive") for e in given]
-    assert task.score(model, tokenizer, flipped, 7) == {"accuracy": 0.0}
+    assert text_models.score(task, model, tokenizer, flipped, 7) == {"accuracy": 0.0}
 
 
 def test_labels_refused():

@@ -32,14 +32,3 @@ class Scored(ABC):
     @abstractmethod
     def metrics(self, examples: Sequence[Any], answers: Sequence[Any]) -> dict[str, float]:
         """Every metric of `answers`, which may be those of several calls, one after the other, as `examples` are."""
-
-    def score(
-        self,
-        model: Any,
-        tokenizer: PreTrainedTokenizerBase,
-        examples: Sequence[Any],
-        batch_size: int,
-        on_batch: Callable[[int], None] = lambda done: None,
-    ) -> dict[str, float]:
-        """Every metric of what `model` answers to `examples`."""
-        return self.metrics(examples, self.answers(model, tokenizer, examples, batch_size, on_batch))
