@@ -125,6 +125,16 @@ def test_a_run_that_diverges_is_reported_and_the_others_go_on(place, capsys):
     assert json.loads((place / "out" / "results.json").read_text())["runs"][1]["status"] == "failed"
 
 
+def test_a_folder_named_from_where_one_is(place, monkeypatch, capsys):
+    """As the README's commands name it, and `make demo`."""
+    recipe = text_models.write_recipe(place, training={"steps": 6}, directions={"prelaunch_steps": 2})
+    monkeypatch.chdir(place)
+    assert main(["compare", str(recipe), "--methods", "lora", "--seeds", "0", "--out", "comparisons/demo"]) == 0
+    assert "lora" in capsys.readouterr().out
+    [row] = json.loads((place / "comparisons/demo/results.json").read_text())["runs"]
+    assert row["status"] == "finished"
+
+
 def test_a_folder_of_other_runs_is_refused(place):
     recipe = text_models.write_recipe(place, training={"steps": 6}, directions={"prelaunch_steps": 2})
     compare(make_plan(str(recipe), methods=["lora"], seeds=[0]), place / "out")

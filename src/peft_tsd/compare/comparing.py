@@ -86,8 +86,10 @@ def _compare(plan: Plan, out: Path, jobs: int, command: str) -> Comparison:
     errors: dict[str, str] = {}
     best: dict[Cell, Any] = {}
     runs: list[Run] = []
+    # Machines that share the folder may have it under other paths.
+    whole = out.absolute()
     settings = {
-        Path(run.recipe.output).relative_to(out).as_posix(): run.recipe.model_dump(mode="json") for run in all_runs
+        Path(run.recipe.output).relative_to(whole).as_posix(): run.recipe.model_dump(mode="json") for run in all_runs
     }
     with at_work(out, settings) as joins:
         log = out / (f"runs-{platform.node()}-{os.getpid()}.log" if joins else "runs.log")
