@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from peft_tsd.compare.grid import grids
 from peft_tsd.compare.plan import LEARNING_RATE
 from support.comparisons import row
 from support.places import ROOT
@@ -23,6 +24,22 @@ def test_the_committed_page_and_figures_are_those_of_the_committed_rows(tmp_path
         {path.name: path.read_bytes() for path in folder.glob("*")} for folder in (figures, results.FIGURES)
     )
     assert made == committed, "run: python benchmarks/results.py"
+
+
+def test_the_readme_says_what_the_committed_rows_say():
+    rows = json.loads((results.ROWS / "smollm2.json").read_text("utf-8"))["rows"]
+    ours = [grid for grid in grids(rows) if grid.group.variant == "gradient-tsd"]
+    readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
+
+    def least_and_most(numbers, digits):
+        return f"{min(numbers):.{digits}f} to {max(numbers):.{digits}f}"
+
+    means = least_and_most([-100 * grid.mean_against_lora.relative.mean for grid in ours], 0)
+    assert f"is {means} % below LoRA's" in readme
+    steps = [least_and_most([grid.rates[at].steps.mean for grid in ours], 2) for at in (0, 1)]
+    assert [grid.rates[at].rate for grid in ours for at in (0, 1)] == [3e-4, 1e-3] * len(ours)
+    assert f"after {steps[0]} of the steps at 3e-4, and after {steps[1]} at 1e-3" in readme
+    assert f"ahead by {-100 * min(grid.best_against_lora.relative.mean for grid in ours):.0f} % on one task" in readme
 
 
 RECIPE = {
