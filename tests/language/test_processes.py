@@ -48,6 +48,7 @@ def test_two_processes_do_the_run_of_one(place):
         assert [log.count(f" step {n}: loss") for n in range(1, 10)] == [1] * 9
 
 
+@pytest.mark.long
 def test_a_refusal_is_said_once_and_with_the_code_of_one_process(place):
     ended = srun(2, "train", str(recipe_in(place)), "training.batch_size=3")
     assert [code for code, _, _ in ended] == [2, 2]
