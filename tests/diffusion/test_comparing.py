@@ -82,7 +82,7 @@ def test_every_image_is_the_one_its_adapter_draws(place, comparison):
         if run:
             load_adapters(pipe, place / run / "adapter")
         prompt = comparison.subjects[0].prompts[1]
-        [expected] = draw(pipe, prompt, [6], torch.device("cpu"), resolution=32, steps=2)
+        [expected] = draw(pipe, [(prompt, 6)], torch.device("cpu"), resolution=32, steps=2)
         assert np.array_equal(np.asarray(drawn[label]), np.asarray(expected)), label
     assert len({image.tobytes() for image in drawn.values()}) == 3
     saved = Image.open(place / "out" / "images" / "1-lora-tsd" / "prompt2-seed6.png")

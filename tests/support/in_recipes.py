@@ -18,23 +18,39 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from transformers import Trainer, TrainingArguments
 
+from peft_tsd import diffusion, language
 from peft_tsd.cli import main
 from peft_tsd.cli.screen import screen
-from peft_tsd.language import engines, train
+from peft_tsd.language import engines
 from peft_tsd.language.progress import Record
-from peft_tsd.language.recipe import load_recipe
+from peft_tsd.recipes.reading import kind_of
 
 
-def meet(at: dict) -> None:
-    """Have `at` happen in the process it is for."""
+def meet(at: dict, kind: str) -> None:
+    """Have `at` happen in the process it is for, in a recipe of a kind."""
+
+    def taken(steps: int) -> None:
+        if int(os.environ["RANK"]) == at["rank"] and steps == at["step"]:
+            if "signal" not in at:
+                raise RuntimeError("one process has had enough")
+            os.kill(os.getpid(), at["signal"])
+
+    if kind == "dreambooth":
+        from peft_tsd.diffusion.learner import Learner
+
+        step = Learner.step
+
+        def next_step(self, number):
+            taken(number - 1)
+            return step(self, number)
+
+        Learner.step = next_step
+        return
     on_step_begin = Record.on_step_begin
 
     def begin(self, args, state, control, **kwargs) -> None:
         on_step_begin(self, args, state, control, **kwargs)
-        if int(os.environ["RANK"]) == at["rank"] and state.global_step == at["step"]:
-            if "signal" not in at:
-                raise RuntimeError("one process has had enough")
-            os.kill(os.getpid(), at["signal"])
+        taken(state.global_step)
 
     Record.on_step_begin = begin
 
@@ -74,12 +90,13 @@ def do(runs: list[list[str]], at: dict | None = None, sharded: bool = False) -> 
     if "LARGEST_FILE" in os.environ and os.environ["SLURM_PROCID"] == "0":
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["LARGEST_FILE"]), resource.RLIM_INFINITY))
     if at is not None:
-        meet(at)
+        meet(at, kind_of(runs[0][0]))
     if len(runs) == 1:
         return main(["train", *runs[0]])
     with screen():
         for recipe, *overrides in runs:
-            train(load_recipe(recipe, overrides))
+            kind = diffusion if kind_of(recipe) == "dreambooth" else language
+            kind.train(kind.load_recipe(recipe, overrides))
     dist.barrier()
     os._exit(0)  # what gloo does in the background may abort an interpreter that ends
 

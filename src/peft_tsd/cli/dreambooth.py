@@ -15,6 +15,7 @@ from .. import diffusion
 from ..diffusion.recipe import SHORT, DreamBooth, load_recipe
 from ..diffusion.subjects import Comparison
 from ..diffusion.training import Result
+from ..distributed.sharded import is_main_process
 from ..errors import InputError
 from ..recipes.reading import find_recipe, load_as
 from ..runs.stopping import Interrupted
@@ -32,9 +33,11 @@ def train(arguments: argparse.Namespace) -> int:
         with screen():
             result = diffusion.train(recipe)
     except Interrupted as interrupted:
-        say_how_to_resume(interrupted.folder)
+        if is_main_process():
+            say_how_to_resume(interrupted.folder)
         return 128 + interrupted.signal
-    print(_summary(result))
+    if is_main_process():
+        print(_summary(result))
     return DONE
 
 

@@ -217,16 +217,17 @@ class _Artist(NamedTuple):
     ) -> Column:
         cells = []
         for prompt in prompts:
-            images = draw(
+            images = []
+            for image in draw(
                 pipe,
-                prompt,
-                range(self.seed, self.seed + self.num_images),
+                [(prompt, seed) for seed in range(self.seed, self.seed + self.num_images)],
                 self.device,
                 resolution=resolution,
                 steps=self.steps,
                 guidance_scale=self.guidance_scale,
-                on_image=self.bar.update,
-            )
+            ):
+                images.append(image)
+                self.bar.update()
             cells.append(Cell(images, self.measure.scores(images, prompt, photos)))
         means = {name: sum(cell.scores[name] for cell in cells) / len(cells) for name in cells[0].scores}
         return Column(label, settings, cells, means)

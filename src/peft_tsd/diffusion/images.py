@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -15,29 +15,24 @@ from .pipeline import moved
 @torch.no_grad()
 def draw(
     pipe: Any,
-    prompt: str,
-    seeds: Sequence[int],
+    wanted: Iterable[tuple[str, int]],
     device: torch.device,
     *,
     resolution: int,
     steps: int,
     guidance_scale: float | None = None,
-    on_image: Callable[[], None] = lambda: None,
-) -> list[Image.Image]:
-    """One image of `prompt` for each seed; a seed gives the same image whatever else is drawn.
+) -> Iterator[Image.Image]:
+    """One image after another; prompt and seed give the same image whatever else is drawn.
 
     Args:
         pipe: The pipeline.
-        prompt: What to draw.
-        seeds: One an image.
+        wanted: Prompt and seed of each.
         device: Where to compute; the pipeline's models are afterwards where they were.
         resolution: Pixels a side.
         steps: Denoising steps.
         guidance_scale: Of classifier-free guidance; the pipeline's own by default.
-        on_image: Called after each image.
     """
     options = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
-    drawn = []
     pipe.set_progress_bar_config(disable=True)
     with ExitStack() as stack:
         for model in pipe.components.values():
@@ -45,10 +40,10 @@ def draw(
                 stack.enter_context(moved(model, device))
                 stack.callback(model.train, model.training)
                 model.eval()
-        for seed in seeds:
+        for prompt, seed in wanted:
             # On the CPU, so that the same seed starts from the same noise on every device.
             generator = torch.Generator().manual_seed(seed)
-            drawn += pipe(
+            yield from pipe(
                 prompt=prompt,
                 height=resolution,
                 width=resolution,
@@ -56,8 +51,6 @@ def draw(
                 generator=generator,
                 **options,
             ).images
-            on_image()
-    return drawn
 
 
 def grid(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str]) -> Image.Image:

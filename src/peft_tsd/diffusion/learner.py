@@ -14,12 +14,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 from torch import Generator, Tensor
 from transformers import Trainer, TrainingArguments, get_scheduler
 
+from ..distributed.sharded import world
 from ..errors import RecipeError
+from ..runs.processes import gathered, own_range
 from ..schedule.stepping import advance
 from ..schedule.taken import steps_of
 from ..tuner.config import TsdConfig
@@ -57,7 +60,6 @@ class Learner:
         objective: What the denoiser predicts.
 
     Raises:
-        RecipeError: Accelerate was started with more than one process.
     """
 
     def __init__(
@@ -122,14 +124,24 @@ class Learner:
 
     def _backward(self, number: int) -> float:
         generator = Generator().manual_seed(_seed(self._recipe.seed, number))
-        torch.manual_seed(_seed(self._recipe.seed, number, 1))
+        torch.manual_seed(_seed(self._recipe.seed, number, 1 + world()[0]))
         accumulated = self._recipe.training.gradient_accumulation
         total = torch.zeros((), device=self._accelerator.device)
         for portion in range(accumulated):
             loss = self._loss((number - 1) * accumulated + portion, generator) / accumulated
             self._accelerator.backward(loss)
             total += loss.detach()
+        if world()[1] > 1:
+            self._add_up(total)
         return float(total)
+
+    def _add_up(self, loss: Tensor) -> None:
+        """Add what the processes have come to with their photos, in place: the loss, and the gradients."""
+        parts = [loss, *(p.grad for p in self._parameters if p.grad is not None)]
+        sums = torch.cat([part.flatten() for part in parts])
+        dist.all_reduce(sums)
+        for part, total in zip(parts, torch.split(sums, [part.numel() for part in parts])):
+            part.copy_(total.view_as(part))
 
     def _loss(self, batch: int, generator: Generator) -> Tensor:
         size = self._recipe.training.batch_size
@@ -140,8 +152,14 @@ class Learner:
         timesteps = self._objective.draw(len(latents), generator)
         weights = torch.full((len(latents),), 1 / size)
         weights[size:] *= self._recipe.prior.weight
+        # Drawn for all processes alike, each of which then takes its photos.
+        own = own_range(len(latents))
+        counts = [len(set(own) & set(range(i * size, (i + 1) * size))) for i in range(len(self._groups))]
+        latents, noise, timesteps, time_ids, weights = (
+            x[own.start : own.stop] for x in (latents, noise, timesteps, time_ids, weights)
+        )
         with self._accelerator.autocast():
-            embeddings = self._embeddings([size] * len(self._groups))
+            embeddings = self._embeddings(counts)
             return self._weighted_loss(latents, noise, timesteps, embeddings, time_ids, weights)
 
     def _weighted_loss(
@@ -193,10 +211,11 @@ class Learner:
         noise = torch.randn(len(photos), *group.mean.shape[1:], generator=generator)
         share = (torch.arange(FIXED_TIMESTEPS) + 0.5) / FIXED_TIMESTEPS
         timesteps = (share * self._objective.num_timesteps).long().repeat(len(group.mean))
+        own = own_range(len(photos))
         total = 0.0
-        for start in range(0, len(photos), size):
-            index = photos[start : start + size]
-            rows = slice(start, start + size)
+        for start in range(own.start, own.stop, size):
+            rows = slice(start, min(start + size, own.stop))
+            index = photos[rows]
             with self._accelerator.autocast():
                 total += float(
                     self._weighted_loss(
@@ -209,7 +228,7 @@ class Learner:
                     )
                 )
         self._train_mode(True)
-        return total
+        return sum(gathered(total))
 
     def save(self, path: Path) -> None:
         """Write what `load` needs beside the adapters themselves."""
@@ -240,13 +259,7 @@ class Learner:
 def _accelerator(dtype: str) -> Accelerator:
     # What a process once chose it keeps, and refuses another precision; a second run may want one.
     AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision={"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype])
-    if accelerator.num_processes > 1:
-        raise RecipeError(
-            f"a subject is taught by one process, and there are {accelerator.num_processes}; start it without "
-            "accelerate launch, and give training.gradient_accumulation for a larger batch"
-        )
-    return accelerator
+    return Accelerator(mixed_precision={"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype])
 
 
 def _optimizer(recipe: DreamBooth, adapters: Adapters, family: PipelineFamily) -> torch.optim.Optimizer:

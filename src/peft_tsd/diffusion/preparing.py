@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from ..runs.disk import check_disk
 from ..runs.folder import RunFolder
 from ..runs.log import log
 from ..runs.machine import environment
+from ..runs.processes import check_shared_out, launched
 from .adapters import Adapters, make_adapters
 from .memory import Need, check_memory, free_memory, step_need
 from .objective import Objective, objective_of
@@ -47,6 +49,7 @@ def prepare(recipe: DreamBooth) -> Job:
     check_choice("optimizer.schedule", recipe.optimizer.schedule, [name.value for name in SchedulerType])
     if recipe.model.dtype == "float16" and not torch.cuda.is_available():
         raise RecipeError("model.dtype=float16 needs a GPU to train on; give model.dtype=bfloat16 or float32")
+    _check_processes(recipe)
     photos = read_photos(str(recipe.data.folder), recipe.data.resolution, "data.folder")
     prior = None
     if recipe.prior.folder is not None:
@@ -66,6 +69,22 @@ def prepare(recipe: DreamBooth) -> Job:
     return Job(recipe, source, photos, prior, objective, need)
 
 
+def _check_processes(recipe: DreamBooth) -> None:
+    size, rows = recipe.training.batch_size, _rows(recipe)
+    check_shared_out(rows, f"training.batch_size={size}" + (f", with the class's {rows}" if rows > size else ""))
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
+            raise RecipeError(
+                f"Accelerate is configured for {name}, and each process has a diffusion model whole; configure it for "
+                "MULTI_GPU, or start with torchrun"
+            )
+
+
+def _rows(recipe: DreamBooth) -> int:
+    """Of a batch."""
+    return recipe.training.batch_size * (1 if recipe.prior.prompt is None else 2)
+
+
 def _check_resolution(recipe: DreamBooth, source: PipelineSource, pipe: Any) -> None:
     patch = getattr(getattr(pipe, source.family.denoiser).config, "patch_size", None) or 1
     unit = pipe.vae_scale_factor * patch
@@ -80,7 +99,7 @@ def _step_need(recipe: DreamBooth, source: PipelineSource, pipe: Any, adapters: 
     """What a step takes, found by taking one on shapes; whatever does not fit together fails in it."""
     family, meta, dtype = source.family, torch.device("meta"), getattr(torch, recipe.model.dtype)
     side = recipe.data.resolution // pipe.vae_scale_factor
-    rows = recipe.training.batch_size * (1 if recipe.prior.prompt is None else 2)
+    rows = _rows(recipe) // launched()
     denoiser = getattr(pipe, family.denoiser)
     enable_checkpointing(recipe, denoiser.train())
     models = [denoiser, *(getattr(pipe, name) for name in adapters if name != family.denoiser)]

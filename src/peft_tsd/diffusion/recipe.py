@@ -73,7 +73,7 @@ class Training(Saving):
     steps: int = Field(default=500, ge=1)
     """Optimizer steps."""
     batch_size: int = Field(default=4, ge=1)
-    """Photos a batch; with prior preservation, as many of the class beside them."""
+    """Photos a batch, of all processes; with prior preservation, as many of the class beside them."""
     min_snr_gamma: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Weight the loss of a timestep by its signal-to-noise ratio, at most this (Hang et al., arXiv 2303.09556)."""
 

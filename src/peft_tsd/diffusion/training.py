@@ -1,14 +1,15 @@
 """A DreamBooth run (Ruiz et al., arXiv 2208.12242): from a recipe to a LoRA file that knows the subject.
 
 Everything that can be refused is refused first, on shapes alone (`preparing`). Then weights are read, photos and
-prompts are encoded once, and the adapter is trained, saved, exported and shown in images.
+prompts are encoded once, and the adapter is trained, saved, exported and shown in images. Of several processes each
+takes its photos of a batch, and draws its images.
 """
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,13 +19,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from ..distributed.sharded import is_main_process
 from ..errors import RecipeError, TransitionError
 from ..files.whole import write_file, write_folder
 from ..runs.disk import room_in
 from ..runs.folder import RunFolder
 from ..runs.log import file_only, log, logging_to
-from ..runs.machine import check_one_process, current_device, peak_memory
-from ..runs.stopping import Stop, interruptible
+from ..runs.machine import current_device, peak_memory
+from ..runs.processes import by_main, check_same_data, join, only_main, own_rows
+from ..runs.stopping import Stop, interruptible, side_by_side
 from ..tuner.phase import PrelaunchWarning
 from .adapters import Adapters, load_adapters, make_adapters, save_adapters
 from .encoded import Encoded, encode
@@ -52,13 +55,13 @@ class Result(NamedTuple):
 
 
 def train(recipe: DreamBooth) -> Result:
-    """Do the run a recipe describes, or continue it.
+    """Do the run a recipe describes, or continue it: in each of several processes, where a launcher has started them.
 
     Raises:
         RecipeError: The recipe cannot be carried out.
         Interrupted: The user stopped the run; it can be continued.
     """
-    check_one_process()
+    join()
     with interruptible(Path(recipe.output)) as stop:
         job = prepare(recipe)
         stop.check()
@@ -71,11 +74,11 @@ def train(recipe: DreamBooth) -> Result:
 def _run(job: Job, stop: Stop) -> Result:
     recipe, folder = job.recipe, RunFolder(job.recipe.output)
     facts = facts_of(job)
+    check_same_data(facts["data"])
     if not recipe.resume:
-        metrics = {"status": "running", **facts, "fixed_loss": {}}
-        folder.create(recipe, metrics)
-    else:
-        metrics = folder.read_metrics()
+        by_main(lambda: folder.create(recipe, {"status": "running", **facts, "fixed_loss": {}}))
+    metrics = by_main(folder.read_metrics)
+    if recipe.resume:
         if metrics["data"] != facts["data"]:
             raise RecipeError(
                 f"resume=true, and the photos are not those the run in {str(folder.path)!r} was begun with: "
@@ -83,7 +86,7 @@ def _run(job: Job, stop: Stop) -> Result:
             )
         if metrics["status"] == "finished":
             return Result(folder, metrics, {}, None)
-    with folder.locked(), room_in(folder), logging_to(folder.log):
+    with only_main(folder.locked()), only_main(room_in(folder)), only_main(logging_to(folder.log)):
         log.info("%s %s", "continuing" if recipe.resume else "beginning", folder.path)
         say_what_is_there(job)
         started = time.perf_counter()
@@ -111,10 +114,10 @@ class _Run:
         # From here on the autoencoder only draws images.
         pipe.vae.to(getattr(torch, job.recipe.model.dtype))
 
-        dropped = folder.drop_incomplete()
+        dropped = by_main(folder.drop_incomplete)
         if dropped:
             log.info("removed half-written %s", ", ".join(dropped))
-        last = folder.last_complete()
+        last = by_main(folder.last_complete)
         torch.manual_seed(job.recipe.seed)
         if last is None:
             self.adapters = make_adapters(pipe, self._family, job.recipe)
@@ -140,21 +143,25 @@ class _Run:
         path, names = self._folder.path / "encoded.safetensors", ["subject"]
         if self._recipe.prior.prompt is not None:
             names.append("prior")
-        if not path.is_file():
+        if not by_main(path.is_file):
             groups = {"subject": (job.photos.photos, str(self._recipe.data.prompt))}
             if self._recipe.prior.prompt is not None:
                 prior = job.prior.photos if job.prior is not None else self._prior_images()
                 groups["prior"] = (prior, self._recipe.prior.prompt)
-            found = encode(
-                self._pipe,
-                self._family,
-                groups,
-                self._device,
-                with_prompts=not self._recipe.text_encoders.train,
-                on_photo=self._stop.check,
-            )
-            tensors = {key: x for name, group in found.items() for key, x in group.tensors(name).items()}
-            write_file(path, partial(save_file, tensors))
+
+            def write() -> None:
+                found = encode(
+                    self._pipe,
+                    self._family,
+                    groups,
+                    self._device,
+                    with_prompts=not self._recipe.text_encoders.train,
+                    on_photo=self._stop.check_here,
+                )
+                tensors = {key: x for name, group in found.items() for key, x in group.tensors(name).items()}
+                write_file(path, partial(save_file, tensors))
+
+            side_by_side(lambda: write() if is_main_process() else None)
         tensors = load_file(path)
         return {name: Encoded.from_tensors(tensors, name) for name in names}
 
@@ -162,12 +169,17 @@ class _Run:
         """The class as the frozen model draws it, one file an image, so that a run can be stopped among them."""
         prior, side = self._recipe.prior, self._recipe.data.resolution
         folder = self._folder.path / "prior"
-        folder.mkdir(exist_ok=True)
+        by_main(lambda: folder.mkdir(exist_ok=True))
         paths = [folder / f"{i:05}.png" for i in range(prior.num_images)]
-        for i, path in enumerate(tqdm(paths, desc="drawing the class", unit="image")):
-            if not path.is_file():
-                (image,) = self._draw(str(prior.prompt), [self._recipe.seed + i])
-                write_file(path, image.save)
+        missing = by_main(lambda: [i for i, path in enumerate(paths) if not path.is_file()])
+
+        def draw_mine() -> None:
+            mine = own_rows(missing)
+            wanted = [(str(prior.prompt), self._recipe.seed + i) for i in mine]
+            for image, i in zip(self._draw(wanted, "drawing the class"), mine):
+                write_file(paths[i], image.save)
+
+        side_by_side(draw_mine)
         return [square(Image.open(path).convert("RGB"), side, path.name) for path in paths]
 
     def train(self) -> None:
@@ -176,8 +188,8 @@ class _Run:
         losses = self._metrics["fixed_loss"]
         if "before" not in losses and progress["step"] == 0:
             losses["before"] = self._learner.fixed_loss()
-            self._folder.write_metrics(self._metrics)
-        with tqdm(total=recipe.training.steps, initial=progress["step"], desc="training", unit="step") as bar:
+            by_main(lambda: self._folder.write_metrics(self._metrics))
+        with _bar(recipe.training.steps, "training", "step", initial=progress["step"]) as bar:
             while progress["step"] < recipe.training.steps:
                 # Before the next step, so that a run stopped at this one draws them when it is continued.
                 every = recipe.validation.every
@@ -187,9 +199,11 @@ class _Run:
                 bar.set_postfix(loss=f"{progress['loss'][-1]['loss']:.3f}")
                 bar.update()
                 number = progress["step"]
-                if number % recipe.training.save_every == 0 or number == recipe.training.steps or self._stop.requested:
-                    self._save()
-                self._stop.check()
+                stopping = self._stop.agreed()
+                if number % recipe.training.save_every == 0 or number == recipe.training.steps or stopping:
+                    by_main(self._save)
+                if stopping:
+                    self._stop.check_here()
 
     def _step(self) -> None:
         progress, number = self._progress, self._progress["step"] + 1
@@ -221,12 +235,7 @@ class _Run:
     def finish(self) -> None:
         """Save, export and show what was learned."""
         folder, progress = self._folder, self._progress
-        if not folder.adapter.exists():
-            write_folder(folder.adapter, lambda path: save_adapters(self.adapters, path))
-        if not folder.adapter_lora.exists():
-            log.info(
-                "exported %s", export_diffusers(folder.adapter, folder.adapter_lora, kohya=self._recipe.export.kohya)
-            )
+        by_main(self._keep)
         self._metrics["fixed_loss"]["after"] = self._learner.fixed_loss()
         self._draw_grid("final")
         trained = sum(p.numel() for model in self.adapters.values() for p in model.parameters() if p.requires_grad)
@@ -239,32 +248,52 @@ class _Run:
             "phase_change": progress["phase_change"],
             "loss": progress["loss"],
         }
-        folder.write_metrics(self._metrics)
+        by_main(lambda: folder.write_metrics(self._metrics))
+
+    def _keep(self) -> None:
+        """Save and export what was trained, where that is not there yet."""
+        folder = self._folder
+        if not folder.adapter.exists():
+            write_folder(folder.adapter, lambda path: save_adapters(self.adapters, path))
+        if not folder.adapter_lora.exists():
+            log.info(
+                "exported %s", export_diffusers(folder.adapter, folder.adapter_lora, kohya=self._recipe.export.kohya)
+            )
 
     def _draw_grid(self, name: str) -> None:
         path = self._folder.path / "images" / f"{name}.png"
         wanted = self._recipe.validation
         prompts = wanted.prompts or [str(self._recipe.data.prompt)]
-        if path.is_file():
+        if by_main(path.is_file):
             return
-        seeds = [wanted.seed + i for i in range(wanted.num_images)]
-        path.parent.mkdir(exist_ok=True)
-        with tqdm(total=len(prompts) * len(seeds), desc=f"images, {name}", unit="image", leave=False) as bar:
-            rows = [self._draw(prompt, seeds, bar.update) for prompt in prompts]
-        write_file(path, grid(rows, prompts).save)
+        todo = [(prompt, wanted.seed + i) for prompt in prompts for i in range(wanted.num_images)]
+        parts = side_by_side(lambda: list(self._draw(own_rows(todo), f"images, {name}")))
+        drawn = [image for part in parts for image in part]
+        rows = [drawn[i : i + wanted.num_images] for i in range(0, len(drawn), wanted.num_images)]
 
-    def _draw(self, prompt: str, seeds: list[int], on_image: Callable[[], object] = lambda: None) -> list[Image.Image]:
-        def done() -> None:
-            on_image()
-            self._stop.check()
+        def write() -> None:
+            path.parent.mkdir(exist_ok=True)
+            write_file(path, grid(rows, prompts).save)
 
-        return draw(
+        by_main(write)
+
+    def _draw(self, wanted: Sequence[tuple[str, int]], title: str) -> Iterator[Image.Image]:
+        """One image for each prompt and seed; a run can be stopped after each."""
+        images = draw(
             self._pipe,
-            prompt,
-            seeds,
+            wanted,
             self._device,
             resolution=self._recipe.data.resolution,
             steps=self._recipe.validation.steps,
             guidance_scale=self._recipe.validation.guidance_scale,
-            on_image=done,
         )
+        with _bar(len(wanted), title, "image", leave=False) as bar:
+            for image in images:
+                yield image
+                bar.update()
+                self._stop.check_here()
+
+
+def _bar(total: int, title: str, unit: str, **options: Any) -> Any:
+    """The main process's; of the others none is seen."""
+    return tqdm(total=total, desc=title, unit=unit, disable=not is_main_process(), **options)

@@ -18,6 +18,7 @@ from transformers import Trainer
 
 from ..distributed.sharded import world
 from ..errors import RecipeError
+from ..runs.processes import own_rows
 from ..schedule.gradients import Loss, loss_of_output
 from .tasks.generation import IGNORED
 
@@ -26,12 +27,6 @@ FACTOR = "share_of_rows"
 
 # A mixin without a base class can be put before any Trainer.
 _Mixin: Any = Trainer if TYPE_CHECKING else object
-
-
-def own_rows(rows: Sequence[Any]) -> Sequence[Any]:
-    """Those of a batch's rows that are this process's: as many in each process, or one more."""
-    rank, size = world()
-    return rows[len(rows) * rank // size : len(rows) * (rank + 1) // size]
 
 
 class OwnRows:

@@ -18,7 +18,7 @@ import torch
 
 from ..errors import RecipeError, one_line
 from ..recipes.methods import METHODS
-from ..runs.processes import launched
+from ..runs.processes import check_shared_out, launched
 from .recipe import Recipe
 
 Name = Literal["none", "ddp", "fsdp2", "zero-0", "zero-1", "zero-2", "zero-3"]
@@ -99,16 +99,12 @@ def check_processes(recipe: Recipe) -> None:
     engine, size = engine_of(recipe), launched()
     if engine.name == "none":
         return
-    method, rows = recipe.method, recipe.training.batch_size
+    method = recipe.method
     if engine.keeps_own_state and "LOCAL_RANK" not in os.environ:
         raise RecipeError(
             f"{engine.given} is for processes that a launcher starts: torchrun --nproc_per_node N -m peft_tsd train …"
         )
-    if rows % size:
-        raise RecipeError(
-            f"training.batch_size={rows} rows are those of a batch in all, and cannot be shared out equally over "
-            f"{size} processes; give a multiple of {size}, or start as many processes as divide it"
-        )
+    check_shared_out(recipe.training.batch_size, f"training.batch_size={recipe.training.batch_size}")
     if method.startswith("adalora"):
         raise RecipeError(
             f"method={method} adds a penalty of its own to the loss, which {size} processes would count {size} times; "

@@ -9,8 +9,7 @@ from torch import nn
 
 from ..distributed.passes import in_step, moves_as_one
 from ..distributed.sharded import world
-from ..runs.processes import gathered
-from ..runs.stopping import Interrupted
+from ..runs.stopping import side_by_side
 
 T = TypeVar("T")
 
@@ -40,15 +39,5 @@ def shared_out(rows: Sequence[Any], work: Callable[[list[Any]], T], model: nn.Mo
         work: It may be stopped in one process before it is in another: all are then stopped here.
         model: What it computes with, which may be sharded.
     """
-    stopped: Interrupted | None = None
-    mine: T | None = None
-    with in_step(model):
-        try:
-            mine = work(own_share(rows, model))
-        except Interrupted as interrupted:
-            stopped = interrupted
-    parts = gathered((mine, stopped))
-    for _, other in parts:
-        if other is not None:
-            raise other
-    return [found for found, _ in parts[: len(shares((), model))]]  # type: ignore[misc]
+    found = side_by_side(lambda: work(own_share(rows, model)), in_step(model))
+    return found[: len(shares((), model))]

@@ -29,7 +29,7 @@ from ..runs.disk import room_in
 from ..runs.folder import RunFolder
 from ..runs.log import log, logging_to
 from ..runs.machine import current_device, peak_memory
-from ..runs.processes import by_main, gathered, is_of_another, join, launched, only_main
+from ..runs.processes import by_main, check_same_data, is_of_another, join, launched, only_main
 from ..runs.stopping import Stop, interruptible
 from ..schedule.callback import START_BATCHES, TsdCallback, first_batches
 from ..schedule.gradients import loss_of_output
@@ -78,7 +78,7 @@ def train(recipe: Recipe) -> Result:
 def _run(job: Job, stop: Stop) -> Result:
     recipe, folder = job.recipe, job.folder
     facts = facts_of(job)
-    _check_same_data(facts["data"])
+    check_same_data(facts["data"])
     if not recipe.resume:
         score: dict[str, Any] = {"metric": job.task.metric, "questions": job.questions}
         if job.is_suite:
@@ -87,14 +87,6 @@ def _run(job: Job, stop: Stop) -> Result:
         by_main(lambda: folder.create(recipe, {"status": "running", **facts, "score": score}))
     with only_main(folder.locked()), only_main(room_in(folder)):
         return _continue(job, facts, stop)
-
-
-def _check_same_data(read: dict[str, Any]) -> None:
-    for rank, other in enumerate(gathered(read)):
-        if other != read:
-            raise RecipeError(
-                f"process {rank} reads other data than another: {other} and {read}; give all the same files"
-            )
 
 
 def _continue(job: Job, facts: dict[str, Any], stop: Stop) -> Result:

@@ -12,7 +12,6 @@ import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
 
 from ..distributed.sharded import world
-from ..errors import InputError
 
 
 def environment(*packages: str) -> dict[str, Any]:
@@ -29,19 +28,6 @@ def environment(*packages: str) -> dict[str, Any]:
             **({"processes": size} if size > 1 else {}),
         },
     }
-
-
-def check_one_process() -> None:
-    """Refuse to be one of several processes.
-
-    Raises:
-        InputError: It is one.
-    """
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise InputError(
-            f"WORLD_SIZE={processes}: a run of a recipe of the kind dreambooth is one process. Start it without "
-            "torchrun, accelerate launch or srun"
-        )
 
 
 def current_device() -> torch.device:

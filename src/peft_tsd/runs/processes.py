@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from accelerate import PartialState  # type: ignore[import-untyped]
 
 from ..distributed.sharded import is_main_process, world
-from ..errors import InputError, one_line
+from ..errors import InputError, RecipeError, one_line
 
 T = TypeVar("T")
 
@@ -128,6 +128,49 @@ def gathered(mine: T) -> list[T]:
     if size > 1:
         dist.all_gather_object(found, mine)
     return found
+
+
+def own_range(number: int) -> range:
+    """Which of so many rows are this process's: as many in each process, or one more."""
+    rank, size = world()
+    return range(number * rank // size, number * (rank + 1) // size)
+
+
+def own_rows(rows: Sequence[T]) -> Sequence[T]:
+    """Those of `rows` that are this process's."""
+    mine = own_range(len(rows))
+    return rows[mine.start : mine.stop]
+
+
+def check_shared_out(rows: int, given: str) -> None:
+    """Refuse a batch of which the processes would not have as many rows each.
+
+    Args:
+        rows: Of a batch.
+        given: What the user gave them as.
+
+    Raises:
+        RecipeError: It is one.
+    """
+    size = launched()
+    if rows % size:
+        raise RecipeError(
+            f"{given} rows are those of a batch in all, and cannot be shared out equally over "
+            f"{size} processes; give a multiple of {size}, or start as many processes as divide it"
+        )
+
+
+def check_same_data(read: dict[str, Any]) -> None:
+    """Refuse processes that have read other data than each other. Every process must call it.
+
+    Raises:
+        RecipeError: They have.
+    """
+    for rank, other in enumerate(gathered(read)):
+        if other != read:
+            raise RecipeError(
+                f"process {rank} reads other data than another: {other} and {read}; give all the same files"
+            )
 
 
 def highest(number: int) -> int:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
+from typing import Any, TypeVar
 
 from ..distributed.sharded import is_main_process
-from .processes import highest
+from .processes import gathered, highest
+
+T = TypeVar("T")
 
 
 class Interrupted(Exception):
@@ -46,13 +49,38 @@ class Stop:
         self.check_here()
 
     def check_here(self) -> None:
-        """Be a safe point of this process alone, in work that is shared out (see `language.shares`).
+        """Be a safe point of this process alone, in work that is done side by side.
 
         Raises:
             Interrupted: It was asked to stop.
         """
         if self.requested is not None:
             raise Interrupted(self._folder, self.requested)
+
+
+def side_by_side(work: Callable[[], T], within: AbstractContextManager[Any] | None = None) -> list[T]:
+    """What `work` gives in each process, by its rank; every process must ask, and gets all of it.
+
+    Args:
+        work: It may be stopped in one process before it is in another.
+        within: What is left after the work, and after a stop too.
+
+    Raises:
+        Interrupted: In every process, where it was stopped in any.
+    """
+    mine: T | None = None
+    stopped: Interrupted | None = None
+    with within or nullcontext():
+        try:
+            mine = work()
+        except Interrupted as interrupted:
+            stopped = interrupted
+    found: list[T] = []
+    for theirs, other in gathered((mine, stopped)):
+        if other is not None:
+            raise other
+        found.append(theirs)  # type: ignore[arg-type]
+    return found
 
 
 @contextmanager
