@@ -14,6 +14,7 @@ from peft_tsd.export.factors import truncate
 from peft_tsd.export.ranks import served_rank
 from peft_tsd.tuner.phase import adapted_layers
 from support import reference, tiny
+from support.versions import needs_add_adapter
 
 
 def outputs(model, inputs=None):
@@ -141,6 +142,7 @@ def test_in_pre_launch_it_is_the_lora_it_is(method, tmp_path):
     assert_same(outputs(PeftModel.from_pretrained(tiny.llama(), tmp_path / "out")), outputs(model))
 
 
+@needs_add_adapter
 def test_an_adapter_injected_without_a_peft_model(tmp_path):
     model = tiny.llama()
     model.add_adapter(tiny.config())

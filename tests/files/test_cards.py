@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from peft_tsd import AdapterError, DashConfig, TsdConfig, export_lora
 from peft_tsd.models.finding import recorded_name
 from support import text_models, tiny
+from support.versions import needs_add_adapter
 
 
 def trained(config):
@@ -56,11 +57,15 @@ def test_a_card_without_weights_beside_it_is_somebody_elses(tmp_path):
     assert (tmp_path / "README.md").read_text() == "# My notes\n"
 
 
-def test_an_adapter_of_another_name_and_one_that_was_injected(tmp_path):
+def test_an_adapter_of_another_name(tmp_path):
     model = get_peft_model(tiny.llama(), tiny.config(), adapter_name="mine")
     tiny.train(model, 4)
     model.save_pretrained(tmp_path / "named")
     assert "import peft_tsd" in (tmp_path / "named" / "mine" / "README.md").read_text()
+
+
+@needs_add_adapter
+def test_one_that_was_injected(tmp_path):
     model = tiny.llama()
     model.add_adapter(tiny.config())
     tiny.train(model, 4)

@@ -19,6 +19,7 @@ from peft_tsd.explore import DirectionRecorder, Trajectory
 from peft_tsd.models.wrapped import adapted_model, unwrapped
 from peft_tsd.tuner.checking import check_fits
 from support import tiny
+from support.versions import needs_add_adapter
 
 
 class Own(nn.Module):
@@ -197,6 +198,7 @@ def test_directions_beside_another_method(tmp_path):
     torch.testing.assert_close(output(PeftModel.from_pretrained(tiny.llama(), tmp_path / "native")), expected)
 
 
+@needs_add_adapter
 def test_injected_without_a_peft_model(tmp_path):
     model = tiny.llama()
     model.add_adapter(tiny.config())

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 from peft_tsd import TsdCallback, TsdConfig, directions_in, export_lora
 from support import text_models, tiny
 from support.trainers import trainer
+from support.versions import needs_add_adapter
 
 
 def test_of_a_peft_model_they_are_its_own():
@@ -22,6 +23,7 @@ def test_of_a_peft_model_they_are_its_own():
         directions_in(tiny.llama())
 
 
+@needs_add_adapter
 def test_of_transformers_add_adapter(tmp_path):
     model = tiny.llama()
     model.add_adapter(tiny.config(prelaunch_steps=4, task_type="CAUSAL_LM"))
