@@ -43,20 +43,31 @@ def assert_same(one, other) -> None:
         assert np.abs(drawn - wanted).mean() < 2, name
 
 
-def test_two_processes_do_the_run_of_one(place):
+PRIOR = ["prior.prompt=a photo of a block", "prior.num_images=3"]
+
+
+@pytest.mark.parametrize(
+    ("number", "changes"),
+    [
+        (
+            2,
+            {
+                "plain": [],
+                "prior": [*PRIOR, "training.gradient_accumulation=2", "training.batch_size=3"],
+                "text": [*PRIOR, "text_encoders.train=true", "method=lora-dash", "training.batch_size=1"],
+            },
+        ),
+        (4, {"prior": PRIOR}),
+    ],
+)
+def test_several_processes_do_the_run_of_one(place, number, changes):
     """Rows of subject and class in a batch that is split between them, and within them; images of both kinds."""
     recipe = tiny_diffusion.write_recipe(place, validation={"num_images": 3})
-    prior = ["prior.prompt=a photo of a block", "prior.num_images=3"]
-    changes = {
-        "plain": [],
-        "prior": [*prior, "training.gradient_accumulation=2", "training.batch_size=3"],
-        "text": [*prior, "text_encoders.train=true", "method=lora-dash", "training.batch_size=1"],
-    }
-    torchrun(2, [[str(recipe), *change, f"output={place / f'two-{name}'}"] for name, change in changes.items()])
+    torchrun(number, [[str(recipe), *change, f"output={place / f'all-{name}'}"] for name, change in changes.items()])
     for name, change in changes.items():
         alone(recipe, *change, f"output={place / name}")
-        assert_same(place / f"two-{name}", place / name)
-        assert metrics_of(place / f"two-{name}")["machine"]["processes"] == 2
+        assert_same(place / f"all-{name}", place / name)
+        assert metrics_of(place / f"all-{name}")["machine"]["processes"] == number
 
 
 def test_one_that_is_told_to_stop_stops_all_and_one_continues(place):
