@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ def collect(folder: Path, name: str) -> Path:
     """
     path = ROWS / f"{name}.json"
     content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    kept = {"title": name, "about": "", "commands": [], "common": None, "variants": {}, "setups": [], "rows": []}
+    kept = {"title": name, "about": "", "recipe": None, "common": None, "variants": {}, "setups": [], "rows": []}
     if path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
     rows = {_key(row): row for row in kept["rows"]}
@@ -60,10 +60,7 @@ def collect(folder: Path, name: str) -> Path:
                 raise ValueError(f"{folder} and {path.name} have other settings of {what}: {now} and {known}")
         kept["common"], kept["variants"][_name(row)] = common, own
         rows[_key(row)] = _compact(row, kept["setups"])
-    # Where files lie differs between machines.
-    command = re.sub(r"(?<=[ =])/\S*/(?=\S)", "", content["command"] or "")
-    if command and command not in kept["commands"]:
-        kept["commands"].append(command)
+    kept["recipe"] = kept["recipe"] or _recipe_of(content["command"])
     order = list(kept["variants"])
     kept["rows"] = sorted(
         rows.values(),
@@ -78,6 +75,13 @@ def collect(folder: Path, name: str) -> Path:
     path.parent.mkdir(exist_ok=True)
     path.write_text(_text(kept), encoding="utf-8")
     return path
+
+
+def _recipe_of(command: str) -> str:
+    """What was compared, as `peft-tsd compare` was given it; where it lies differs between machines."""
+    given = shlex.split(command)
+    path = Path(given[given.index("compare") + 1])
+    return str(path.resolve().relative_to(ROOT) if path.resolve().is_relative_to(ROOT) else path)
 
 
 def _name(row: Row) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from peft_tsd.compare.grid import Cells, by_task, grids
+from peft_tsd.compare.grid import Cells, by_task, grids, rate_text
 from peft_tsd.compare.plan import LEARNING_RATE
 from peft_tsd.compare.results import group_of, interval
 from peft_tsd.compare.tables import GRID_LEGEND, grid_tables, markdown
@@ -18,7 +18,7 @@ def section(content: Mapping[str, Any], name: str, figures: Sequence[str]) -> st
     """One file of rows: what was done, its figures, and its tables, task by task."""
     rows = content["rows"]
     parts = [f"## {content['title']}", *([content["about"]] if content["about"] else [])]
-    parts.append("```sh\n" + "\n".join(content["commands"]) + "\n```")
+    parts.append("```sh\n" + "\n".join(_commands(content["recipe"], rows)) + "\n```")
     parts.append(_done(content, name))
     parts += [f"![{_caption(figure)}]({figure})" for figure in figures]
     parts.append(markdown(["variant", "method", "differs in"], _variants(content["variants"])))
@@ -33,6 +33,27 @@ def section(content: Mapping[str, Any], name: str, figures: Sequence[str]) -> st
         "before the first step and at a transition, and the largest peak of memory of a run."
     )
     return "\n\n".join(parts)
+
+
+def _commands(recipe: str, rows: Sequence[Row]) -> list[str]:
+    """What makes the rows, in as few commands as their rates and seeds allow."""
+    rates: dict[tuple[Any, ...], set[float]] = {}
+    for row in rows:
+        group = group_of(row)
+        rates.setdefault((row["task"], group.rank, group.name, row["seed"]), set()).add(row["variation"][LEARNING_RATE])
+    seeds: dict[tuple[Any, ...], list[str]] = {}
+    for (task, rank, variant, seed), found in rates.items():
+        given = ",".join(map(rate_text, sorted(found)))
+        seeds.setdefault((task, rank, given, variant), []).append(str(seed))
+    variants: dict[tuple[Any, ...], list[str]] = {}
+    for (task, rank, given, variant), numbers in seeds.items():
+        variants.setdefault((task, rank, given, ",".join(numbers)), []).append(variant)
+    several = len({rank for _, rank, _, _ in variants}) > 1
+    return [
+        f"peft-tsd compare {recipe} --tasks {task} --variants {','.join(names)} --rates {given} --seeds {numbers}"
+        + (f" --ranks {rank}" if several else "")
+        for (task, rank, given, numbers), names in variants.items()
+    ]
 
 
 def _done(content: Mapping[str, Any], name: str) -> str:

@@ -80,7 +80,7 @@ def test_rows_are_collected_merged_and_shown(place):
     ours = [made("alpha", seed, rate, 1.0 + seed / 10, alpha=32) for seed in (0, 1) for rate in (1e-3, 1e-2)]
     again = {**lora[0], "held_out_loss": 2.5}
     content = collect(place, again, *ours, command="peft-tsd compare y")
-    assert content["commands"] == ["peft-tsd compare x", "peft-tsd compare y"]
+    assert content["recipe"] == "x"
     assert [r["held_out_loss"] for r in content["rows"] if r["variant"] == "lora"] == [2.5, 2.1, 2.0, 2.1]
     assert len(content["rows"]) == 8
     assert len(content["setups"]) == 1
@@ -96,6 +96,7 @@ def test_rows_are_collected_merged_and_shown(place):
     # At 1e-3 LoRA's first seed has 2.5.
     assert "2.300 ± 2.541" in text
     assert "8 runs of 3 steps, seeds 0, 1" in text
+    assert "peft-tsd compare x --tasks spell --variants lora,alpha --rates 1e-3,1e-2 --seeds 0,1\n" in text
     for name in ("proof-rates.svg", "proof-curves.svg"):
         assert f"(figures/{name})" in text
         assert "alpha r4" in (figures / name).read_text("utf-8")
