@@ -39,8 +39,8 @@ def _commands(recipe: str, rows: Sequence[Row]) -> list[str]:
     """What makes the rows, in as few commands as their rates and seeds allow."""
     rates: dict[tuple[Any, ...], set[float]] = {}
     for row in rows:
-        group = group_of(row)
-        rates.setdefault((row["task"], group.rank, group.name, row["seed"]), set()).add(row["variation"][LEARNING_RATE])
+        key = (row["task"], row["rank"], group_of(row).name, row["seed"])
+        rates.setdefault(key, set()).add(row["variation"][LEARNING_RATE])
     seeds: dict[tuple[Any, ...], list[str]] = {}
     for (task, rank, variant, seed), found in rates.items():
         given = ",".join(map(rate_text, sorted(found)))

@@ -251,6 +251,16 @@ def test_a_weight_with_a_single_direction(show, models):
     assert_shows(page, tiny)
 
 
+def test_names_break_at_their_dots_and_numbers_do_not(show, report):
+    page = show(report)
+    parts = page.evaluate(
+        "[...document.querySelectorAll('wbr')].map(w => [w.previousSibling.textContent, w.nextSibling.textContent])"
+    )
+    assert parts
+    assert all(before[-1] in "./" for before, _ in parts)
+    assert not any(before[-1] == "." and after[:1].isdigit() for before, after in parts)
+
+
 def test_hostile_names_stay_text(show, models):
     one = models[0]
     weights = tuple(replace(weight, name=weight.name + HOSTILE, module=HOSTILE) for weight in one.weights)

@@ -29,9 +29,9 @@ function element(tag, attributes = {}, ...children) {
   return node;
 }
 
-/** A name as text that may break after a dot or a slash. */
+/** A name as text that may break after a slash, or a dot before no digit: numbers stay whole. */
 function breakable(name) {
-  return name.split(/(?<=[./])/).flatMap((part, i) => (i > 0 ? [element("wbr"), part] : [part]));
+  return name.split(/(?<=\/|\.(?!\d))/).flatMap((part, i) => (i > 0 ? [element("wbr"), part] : [part]));
 }
 
 const row = (...cells) => element("tr", {}, ...cells);
