@@ -68,6 +68,7 @@ def test_the_table_and_every_chart_are_there(show, text, width, scheme):
     assert "Comparison" in page.locator("header").inner_text().title()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scheme", ["dark", "light"])
 def test_axe_finds_nothing(show, text, scheme):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")

@@ -275,6 +275,7 @@ def test_hostile_names_stay_text(show, models):
     assert page.locator("#map tbody th").first.text_content().endswith(HOSTILE)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_page_never_scrolls_sideways(show, width):
     long = explored.exploration("runs/" + "long-name-" * 12, num_layers=40)
@@ -335,6 +336,7 @@ CONTRASTS = """() => {
 }"""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_has_contrast(show, report, scheme):
     page = show(report, scheme=scheme)
@@ -345,6 +347,7 @@ def test_text_has_contrast(show, report, scheme):
     assert {where: ratio for where, ratio in contrasts.items() if ratio < 4.5} == {}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
 def test_axe_finds_nothing(show, report, width, scheme):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")

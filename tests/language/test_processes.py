@@ -28,24 +28,27 @@ def place(tmp_path):
     return text_models.place_in(tmp_path, 37)
 
 
-def test_two_processes_do_the_run_of_one(place):
+OTHER_BATCHES = ["training.similar_lengths=true", "training.gradient_accumulation=2", "training.steps=9"]
+
+
+@pytest.mark.parametrize("change", [[], pytest.param(OTHER_BATCHES, marks=pytest.mark.long)])
+def test_two_processes_do_the_run_of_one(place, change):
     """With evaluations, a last batch that is not full, rows of similar length; each line of the log is there once."""
-    recipe = recipe_in(place, evaluation={"every": 4}, data={"validation_size": 3})
-    changes = [[], ["training.similar_lengths=true", "training.gradient_accumulation=2", "training.steps=9"]]
-    runs = [[str(recipe), *change, f"output={place / f'two-{i}'}"] for i, change in enumerate(changes)]
-    torchrun(2, runs)
-    for i, change in enumerate(changes):
-        alone = place / f"one-{i}"
-        train(load_recipe(str(recipe), [*change, f"output={alone}"]))
-        two = place / f"two-{i}"
-        assert_same(two, alone)
-        assert_same_adapter(place, two, alone)
-        assert metrics_of(two)["machine"]["processes"] == 2
-        assert "processes" not in metrics_of(alone)["machine"]
-        score, expected = metrics_of(two)["score"], metrics_of(alone)["score"]
-        assert score["validation_loss"] == pytest.approx(expected["validation_loss"], abs=2e-4)
-        log = (two / "train.log").read_text()
-        assert [log.count(f" step {n}: loss") for n in range(1, 10)] == [1] * 9
+    recipe, two, alone = (
+        recipe_in(place, evaluation={"every": 4}, data={"validation_size": 3}),
+        place / "2",
+        place / "1",
+    )
+    torchrun(2, [[str(recipe), *change, f"output={two}"]])
+    train(load_recipe(str(recipe), [*change, f"output={alone}"]))
+    assert_same(two, alone)
+    assert_same_adapter(place, two, alone)
+    assert metrics_of(two)["machine"]["processes"] == 2
+    assert "processes" not in metrics_of(alone)["machine"]
+    score, expected = metrics_of(two)["score"], metrics_of(alone)["score"]
+    assert score["validation_loss"] == pytest.approx(expected["validation_loss"], abs=2e-4)
+    log = (two / "train.log").read_text()
+    assert [log.count(f" step {n}: loss") for n in range(1, 10)] == [1] * 9
 
 
 @pytest.mark.long
