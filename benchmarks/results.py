@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -77,11 +78,16 @@ def collect(folder: Path, name: str) -> Path:
     return path
 
 
-def _recipe_of(command: str) -> str:
-    """What was compared, as `peft-tsd compare` was given it; where it lies differs between machines."""
-    given = shlex.split(command)
-    path = Path(given[given.index("compare") + 1])
-    return str(path.resolve().relative_to(ROOT) if path.resolve().is_relative_to(ROOT) else path)
+def _recipe_of(command: str | None) -> str | None:
+    """What `peft-tsd compare` was given, but for what says where files lie; None where it did not compare."""
+    given = shlex.split(command or "")
+    if "compare" not in given:
+        return None
+    recipe = Path(given[given.index("compare") + 1])
+    if recipe.is_file():
+        whole = recipe.resolve()
+        recipe = whole.relative_to(ROOT) if whole.is_relative_to(ROOT) else Path(whole.name)
+    return " ".join([str(recipe), *(word for word in given if re.fullmatch(r"[\w.]+=[^/]*", word))])
 
 
 def _name(row: Row) -> str:

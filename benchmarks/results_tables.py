@@ -18,7 +18,8 @@ def section(content: Mapping[str, Any], name: str, figures: Sequence[str]) -> st
     """One file of rows: what was done, its figures, and its tables, task by task."""
     rows = content["rows"]
     parts = [f"## {content['title']}", *([content["about"]] if content["about"] else [])]
-    parts.append("```sh\n" + "\n".join(_commands(content["recipe"], rows)) + "\n```")
+    if content["recipe"]:
+        parts.append("```sh\n" + "\n".join(_commands(content["recipe"], rows)) + "\n```")
     parts.append(_done(content, name))
     parts += [f"![{_caption(figure)}]({figure})" for figure in figures]
     parts.append(markdown(["variant", "method", "differs in"], _variants(content["variants"])))
