@@ -11,6 +11,7 @@ pytest.importorskip("diffusers")
 from PIL import Image
 
 from peft_tsd.diffusion import load_recipe, train
+from peft_tsd.diffusion.preparing import prepare
 from peft_tsd.errors import RecipeError
 from support import tiny_diffusion
 from support.several import metrics_of, said, srun, torchrun
@@ -88,6 +89,13 @@ def test_what_cannot_be_shared_out_is_refused_once(place):
     assert [code for code, _, _ in ended] == [2, 2]
     assert said(ended).count("peft-tsd: training.batch_size=3 rows are those of a batch in all") == 1
     assert not (place / "run").exists()
+
+
+def test_the_class_counts_among_the_rows(place, monkeypatch):
+    recipe = load_recipe(str(tiny_diffusion.write_recipe(place)), [*PRIOR, "training.batch_size=1"])
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(RecipeError, match="=1 of the subject and as many of the class: these 2 rows are those"):
+        prepare(recipe)
 
 
 def test_another_engine_is_refused(place, monkeypatch):

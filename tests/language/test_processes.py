@@ -34,11 +34,8 @@ OTHER_BATCHES = ["training.similar_lengths=true", "training.gradient_accumulatio
 @pytest.mark.parametrize("change", [[], pytest.param(OTHER_BATCHES, marks=pytest.mark.long)])
 def test_two_processes_do_the_run_of_one(place, change):
     """With evaluations, a last batch that is not full, rows of similar length; each line of the log is there once."""
-    recipe, two, alone = (
-        recipe_in(place, evaluation={"every": 4}, data={"validation_size": 3}),
-        place / "2",
-        place / "1",
-    )
+    recipe = recipe_in(place, evaluation={"every": 4}, data={"validation_size": 3})
+    two, alone = place / "two", place / "one"
     torchrun(2, [[str(recipe), *change, f"output={two}"]])
     train(load_recipe(str(recipe), [*change, f"output={alone}"]))
     assert_same(two, alone)

@@ -33,8 +33,7 @@ def train(arguments: argparse.Namespace) -> int:
         with screen():
             result = diffusion.train(recipe)
     except Interrupted as interrupted:
-        if is_main_process():
-            say_how_to_resume(interrupted.folder)
+        say_how_to_resume(interrupted.folder)
         return 128 + interrupted.signal
     if is_main_process():
         print(_summary(result))

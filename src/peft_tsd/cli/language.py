@@ -29,8 +29,7 @@ def train(arguments: argparse.Namespace) -> int:
         try:
             result = language.train(recipe)
         except Interrupted as interrupted:
-            if is_main_process():
-                say_how_to_resume(interrupted.folder)
+            say_how_to_resume(interrupted.folder)
             return 128 + interrupted.signal
     text = summary(result)  # what is sharded is read by all
     if is_main_process():

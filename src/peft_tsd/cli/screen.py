@@ -13,6 +13,8 @@ from pathlib import Path
 
 import transformers
 
+from ..distributed.sharded import is_main_process
+
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130  # a run stopped by a signal ends with 128 + its number
 
 
@@ -37,6 +39,9 @@ def screen() -> Iterator[None]:
 
 
 def say_how_to_resume(folder: Path) -> None:
+    """Once, where several processes were interrupted."""
+    if not is_main_process():
+        return
     recipe = folder / "recipe.yaml"
     if recipe.is_file():
         command = f"{command_name()} train {shlex.quote(near(recipe))} resume=true"

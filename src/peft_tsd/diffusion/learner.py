@@ -58,8 +58,6 @@ class Learner:
         adapters: What is trained.
         groups: The photos: `"subject"` and, with prior preservation, `"prior"`.
         objective: What the denoiser predicts.
-
-    Raises:
     """
 
     def __init__(

@@ -71,7 +71,8 @@ def prepare(recipe: DreamBooth) -> Job:
 
 def _check_processes(recipe: DreamBooth) -> None:
     size, rows = recipe.training.batch_size, _rows(recipe)
-    check_shared_out(rows, f"training.batch_size={size}" + (f", with the class's {rows}" if rows > size else ""))
+    beside = f" of the subject and as many of the class: these {rows}" if rows > size else ""
+    check_shared_out(rows, f"training.batch_size={size}{beside}")
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
             raise RecipeError(
