@@ -38,3 +38,16 @@ def test_a_verb_is_carried_out():
     done = start("recipes")
     assert "smollm2-family" in done.stdout
     assert "'torch'" in done.stderr
+
+
+@pytest.mark.long
+def test_a_reader_that_ends_before_the_output_is_no_error():
+    """As `peft-tsd recipes | head -1` has one."""
+    command = subprocess.Popen(
+        [sys.executable, "-m", "peft_tsd", "recipes"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    command.stdout.close()
+    errors = command.stderr.read()
+    assert command.wait() == 141
+    assert "Traceback" not in errors
+    assert "BrokenPipe" not in errors

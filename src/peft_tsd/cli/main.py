@@ -19,7 +19,7 @@ from ..recipes.reading import kind_of
 from ..runs.processes import launched, read_slurm
 from ..runs.together import ProcessGoneError, together
 from .parser import make_parser
-from .screen import BAD_INPUT, FAILED, INTERRUPTED
+from .screen import BAD_INPUT, FAILED, INTERRUPTED, UNREAD
 from .values import adapter_folder
 
 
@@ -31,12 +31,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if launched() > 1:
             return together(lambda: _one_of_several(arguments), _say)
-        return _verb(arguments)(arguments)
+        code = _verb(arguments)(arguments)
+        sys.stdout.flush()
+        return code
     except InputError as error:
         return _say(error)
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        return UNREAD
     except KeyboardInterrupt:
         print("peft-tsd: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _nobody_reads() -> bool:
+    """Whether what reads the output has ended, as in `peft-tsd recipes | head -1`; nothing is written to it then."""
+    try:
+        print(flush=True)  # what failed before is forgotten
+    except BrokenPipeError:
+        # What is still to be written at the interpreter's end goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -15,7 +15,8 @@ import transformers
 
 from ..distributed.sharded import is_main_process
 
-DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130  # a run stopped by a signal ends with 128 + its number
+# What a signal stopped ends with 128 + its number; UNREAD is that of SIGPIPE.
+DONE, FAILED, BAD_INPUT, INTERRUPTED, UNREAD = 0, 1, 2, 130, 141
 
 
 @contextmanager
