@@ -5,8 +5,9 @@
 
 A file of rows, benchmarks/results/NAME.json, has one row a run: its task, variant, rate and seed, its final loss on
 held-out and validation rows, its evaluations, metric, times, and on which setup it ran. Beside them what the runs have
-in common, what each variant is, and a title and a text, which are written by hand and kept. Rows of a run that was
-collected before are replaced; rows of other settings are refused.
+in common, what each variant is, and the page's sections, which are written by hand and kept: of each a name (of its
+figures), a title, a text, and which variants and seeds it shows, null for all. Rows of a run that was collected before
+are replaced; rows of other settings are refused.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def collect(folder: Path, name: str) -> Path:
     """
     path = ROWS / f"{name}.json"
     content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    kept = {"title": name, "about": "", "recipe": None, "common": None, "variants": {}, "setups": [], "rows": []}
+    whole = {"name": name, "title": name, "about": "", "variants": None, "seeds": None}
+    kept = {"sections": [whole], "recipe": None, "common": None, "variants": {}, "setups": [], "rows": []}
     if path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
     rows = {_key(row): row for row in kept["rows"]}
@@ -142,6 +144,23 @@ def _text(kept: Row) -> str:
     return f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n'
 
 
+def _shown(content: Row, section: Row) -> Row:
+    """What a section shows of a file of rows: with its title and text, its variants and seeds alone."""
+    names = list(content["variants"]) if section["variants"] is None else section["variants"]
+    order = {name: i for i, name in enumerate(names)}
+    rows = [
+        row
+        for row in content["rows"]
+        if _name(row) in order and (section["seeds"] is None or row["seed"] in section["seeds"])
+    ]
+    return {
+        **content,
+        **{key: section[key] for key in ("title", "about")},
+        "variants": {name: content["variants"][name] for name in names},
+        "rows": sorted(rows, key=lambda row: (str(row["task"]), order[_name(row)])),
+    }
+
+
 def write(rows: Path = ROWS, page: Path = PAGE, figures: Path = FIGURES) -> None:
     """Write the page's generated part, and its figures.
 
@@ -157,8 +176,10 @@ def write(rows: Path = ROWS, page: Path = PAGE, figures: Path = FIGURES) -> None
     figures.mkdir(exist_ok=True)
     for path in sorted(rows.glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
-        drawn = draw(content["rows"], figures, path.stem)
-        sections.append(section(content, path.stem, [f"{figures.name}/{name}" for name in drawn]))
+        for one in content["sections"]:
+            shown = _shown(content, one)
+            drawn = draw(shown["rows"], figures, one["name"])
+            sections.append(section(shown, path.stem, [f"{figures.name}/{name}" for name in drawn]))
     made = "\n\n".join(sections) or "No rows have been collected yet."
     page.write_text(f"{before}{BEGIN}\n\n{made}\n\n{END}{after}", encoding="utf-8")
 

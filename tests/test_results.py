@@ -128,6 +128,27 @@ def test_rows_are_collected_merged_and_shown(place):
         assert "alpha r4" in (figures / name).read_text("utf-8")
 
 
+def test_a_section_shows_its_variants_and_seeds_alone(place):
+    runs = [made(name, seed, 1e-3, 2.0 + seed, alpha=a) for name, a in (("lora", 8), ("alpha", 32)) for seed in (0, 1)]
+    content = collect(place, *runs)
+    whole = content["sections"][0]
+    assert whole == {"name": "proof", "title": "proof", "about": "", "variants": None, "seeds": None}
+    part = {"name": "part", "title": "A part", "about": "Why.", "variants": ["alpha", "lora"], "seeds": [1]}
+    one = {**part, "name": "one", "title": "One", "variants": ["lora"], "seeds": None}
+    (place / "rows" / "proof.json").write_text(json.dumps({**content, "sections": [part, one]}))
+    page = place / "page.md"
+    page.write_text(f"{results.BEGIN}{results.END}")
+    results.write(place / "rows", page, place / "figures")
+    first, second = page.read_text("utf-8").split("\n## One")
+    assert "## A part\n\nWhy." in first
+    assert "--variants alpha,lora --rates 1e-3 --seeds 1\n" in first
+    assert "2 runs of 3 steps, seeds 1," in first
+    assert "--variants lora --rates 1e-3 --seeds 0,1\n" in second
+    assert {path.name for path in (place / "figures").iterdir()} == {
+        f"{name}-{kind}.svg" for name in ("part", "one") for kind in ("rates", "curves")
+    }
+
+
 def test_the_same_rows_draw_the_same_bytes(place):
     rows = collect(place, *(made("lora", seed, rate, 2.0) for seed in (0, 1) for rate in (1e-3, 1e-2)))["rows"]
     for name in ("one", "other"):
