@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from peft_tsd.compare.grid import Grid, by_task, grids
 
@@ -18,6 +19,9 @@ from peft_tsd.compare.grid import Grid, by_task, grids
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#b8860b", "#7f7f7f")
 
 LINES = ("-", "--", ":")
+
+TICKS = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+"""Of a decade of loss: a figure spans one or less."""
 
 STYLE = {"svg.hashsalt": "peft-tsd", "svg.fonttype": "none", "font.size": 9}
 
@@ -45,6 +49,9 @@ def _figure(tasks: Mapping[str | None, Sequence[Grid]], path: Path, x: str, poin
                     axis.errorbar(at, means, halves, label=grid.group.label, capsize=2, lw=1.2, ms=3, marker="o",
                                   **styles[grid.group.label])  # fmt: skip
             axis.set(title=task or "", xlabel=x, ylabel="held-out loss", yscale="log")
+            axis.yaxis.set_major_locator(LogLocator(subs=TICKS))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_locator(NullLocator())
             if x == "learning rate":
                 axis.set_xscale("log")
             axis.grid(alpha=0.25)
