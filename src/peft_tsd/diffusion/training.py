@@ -77,6 +77,13 @@ def _run(job: Job, stop: Stop) -> Result:
     check_same_data(facts["data"])
     if not recipe.resume:
         by_main(lambda: folder.create(recipe, {"status": "running", **facts, "fixed_loss": {}}))
+    with only_main(folder.locked()), only_main(room_in(folder)):
+        return _continue(job, facts, stop)
+
+
+def _continue(job: Job, facts: dict[str, Any], stop: Stop) -> Result:
+    """Do what is left of the run: all of it, at first."""
+    recipe, folder = job.recipe, RunFolder(job.recipe.output)
     metrics = by_main(folder.read_metrics)
     if recipe.resume:
         if metrics["data"] != facts["data"]:
@@ -86,7 +93,7 @@ def _run(job: Job, stop: Stop) -> Result:
             )
         if metrics["status"] == "finished":
             return Result(folder, metrics, {}, None)
-    with only_main(folder.locked()), only_main(room_in(folder)), only_main(logging_to(folder.log)):
+    with only_main(logging_to(folder.log)):
         log.info("%s %s", "continuing" if recipe.resume else "beginning", folder.path)
         say_what_is_there(job)
         started = time.perf_counter()
