@@ -53,6 +53,12 @@ def test_defaults_are_spelled_out_and_read_back():
         ({"training": {"steps": True}}, ["training.steps=True (bool)", "integer"]),
         ({"optimizer": {"learning_rate": "fast"}}, ["optimizer.learning_rate='fast'", "expected a valid number"]),
         ({"optimizer": {"learning_rate": float("nan")}}, ["optimizer.learning_rate=nan"]),
+        # More than a tensor's float32 holds would end a run at its first step.
+        ({"optimizer": {"learning_rate": 1e39}}, ["optimizer.learning_rate=1e+39", "expected less than or equal to"]),
+        (
+            {"optimizer": {"weight_decay": float("inf")}},
+            ["optimizer.weight_decay=inf", "expected less than or equal to"],
+        ),
         ({"method": "lora-tds"}, ["method='lora-tds'", "did you mean 'lora-tsd'"]),
         ({"model": {}}, ["'model.name' is missing", "model.name=VALUE"]),
         ({"data": {}}, ["exactly one of name and generator", "name=None"]),

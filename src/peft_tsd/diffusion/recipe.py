@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ..recipes.reading import load_as
-from ..recipes.shared import Adapter, Directions, NameOrPath, Optimizer, RunRecipe, Saving, Section
+from ..recipes.shared import Adapter, Directions, LearningRate, NameOrPath, Optimizer, RunRecipe, Saving, Section
 from ..tuner.settings import DirectionSource
 
 SHORT = {"model": "model.name", "data": "data.folder", "prompt": "data.prompt"}
@@ -63,7 +63,7 @@ class TextEncoders(Section):
 
     train: bool = False
     target_modules: list[str] = Field(default=["q_proj", "k_proj", "v_proj", "out_proj"])
-    learning_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    learning_rate: LearningRate | None = None
     """The denoiser's without it."""
 
 

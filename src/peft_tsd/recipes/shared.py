@@ -23,6 +23,9 @@ def absolute_if_there(name: str) -> str:
     return str(path.absolute()) if path.exists() else name
 
 
+LearningRate = Annotated[float, Field(gt=0, le=1e18)]
+"""With as large a weight decay, the most whose product a tensor's float32 holds."""
+
 NameOrPath = Annotated[str, AfterValidator(absolute_if_there)]
 """A name of the hub's, or a local path."""
 
@@ -112,8 +115,8 @@ class Optimizer(Section):
     """Names and meanings of `transformers.TrainingArguments`."""
 
     name: str = "adamw_torch"
-    learning_rate: float = Field(default=5e-4, gt=0, allow_inf_nan=False)
-    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    learning_rate: LearningRate = 5e-4
+    weight_decay: float = Field(default=0.0, ge=0, le=1e18)
     schedule: str = "linear"
     warmup_steps: int = Field(default=0, ge=0)
     warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
