@@ -118,6 +118,10 @@ def loss_of_share(loss: Loss) -> Loss:
     return of_share
 
 
+def without_cache(batch: Any) -> dict[str, Any]:
+    """A batch as Trainer trains on it: with a cache, packed conversations would see each other."""
+    return {**batch, "use_cache": False}
+
+
 def loss_without_cache(model: nn.Module, batch: Any) -> Tensor:
-    """As Trainer trains: with a cache, packed conversations would see each other."""
-    return loss_of_output(model, {**batch, "use_cache": False})
+    return loss_of_output(model, without_cache(batch))

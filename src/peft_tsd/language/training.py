@@ -36,7 +36,7 @@ from ..schedule.gradients import loss_of_output
 from ..tuner.checking import check_adapter, check_fits, check_onto
 from ..tuner.opening import put_onto
 from ..tuner.phase import PrelaunchWarning
-from .batch_shares import loss_of_share, loss_without_cache
+from .batch_shares import loss_of_share, loss_without_cache, without_cache
 from .engines import Engine, check_continues, engine_of
 from .preparing import Job, facts_of, prepare
 from .progress import BeforeTraining, Record, begun
@@ -270,6 +270,8 @@ def _adapted(job: Job, base: Any, checkpoint: Path | None) -> Any:
         number = job.recipe.training.start_batches or START_BATCHES
         # Each process starts from the rows of all, and so finds what one would.
         batches = first_batches(number, make_trainer(job, base, base, []).get_train_dataloader(whole=True))
+        if job.recipe.task.packing:
+            batches = [without_cache(batch) for batch in batches]
         return start_from_batches(base, job.adapter_config, batches, kept)
     # EVA has given ranks to layers, which stand in the configuration that was saved.
     config = check_adapter(checkpoint)

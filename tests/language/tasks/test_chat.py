@@ -10,10 +10,11 @@ import torch
 pytest.importorskip("trl", reason="conversations need the extra chat")
 
 from peft_tsd.errors import InputError
-from peft_tsd.language import preparing
+from peft_tsd.language import preparing, training
 from peft_tsd.language.evaluating import evaluate
 from peft_tsd.language.recipe import load_recipe
 from peft_tsd.language.sft import sft_arguments, sft_trainer
+from peft_tsd.language.starts import start_from_batches
 from peft_tsd.language.tasks.chat import assistant_tokens, packed, training_template
 from peft_tsd.language.training import train
 from peft_tsd.models.finding import locate
@@ -186,6 +187,30 @@ def test_the_held_out_loss_is_that_of_the_assistants_tokens(place):
         right.append(logits[said].argmax(-1) == labels[said])
     assert result.metrics["score"]["loss"] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-4)
     assert result.metrics["score"]["after"] == pytest.approx(float(torch.cat(right).float().mean()))
+
+
+@pytest.mark.parametrize("method", ["lora-ga", "eva"])
+def test_a_method_starts_from_packed_conversations_as_from_each_by_itself(place, monkeypatch, method):
+    seen = []
+
+    def start(base, config, batches, kept):
+        seen.append((base, batches))
+        return start_from_batches(base, config, batches, kept)
+
+    monkeypatch.setattr(training, "start_from_batches", start)
+    run(recipe_of(place), f"method={method}", "training.start_batches=1", "training.steps=1")
+    [(base, [batch])] = seen
+    places = batch["position_ids"][0].tolist()
+    begins = [i for i, place in enumerate(places) if place == 0]
+    assert len(begins) > 1
+    base.config.use_cache = True  # Trainer has turned it off; the batches are not to need that
+    with torch.no_grad():
+        together = base(**batch).logits[0]
+        apart = [
+            base(input_ids=batch["input_ids"][:, begin:end]).logits[0]
+            for begin, end in zip(begins, [*begins[1:], len(places)], strict=True)
+        ]
+    torch.testing.assert_close(together, torch.cat(apart), rtol=1e-4, atol=1e-5)
 
 
 def test_conversations_with_an_answer_are_scored_by_it(place):
