@@ -21,7 +21,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#b8860b", "#7
 LINES = ("-", "--", ":")
 
 TICKS = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
-"""Of a decade of loss: a figure spans one or less."""
+"""Of a decade of loss: a figure spans about one."""
 
 STYLE = {"svg.hashsalt": "peft-tsd", "svg.fonttype": "none", "font.size": 9}
 
@@ -43,12 +43,17 @@ def _figure(tasks: Mapping[str | None, Sequence[Grid]], path: Path, x: str, poin
         axes = figure.subplots(1, len(tasks), squeeze=False)[0]
         styles = _styles([grid.group.label for found in tasks.values() for grid in found])
         for axis, (task, found) in zip(axes, tasks.items()):
+            shown = []
             for grid in found:
                 at, means, halves = points(grid)
+                shown += means
                 if at:
                     axis.errorbar(at, means, halves, label=grid.group.label, capsize=2, lw=1.2, ms=3, marker="o",
                                   **styles[grid.group.label])  # fmt: skip
             axis.set(title=task or "", xlabel=x, ylabel="held-out loss", yscale="log")
+            if shown:
+                # By the means: an interval of two seeds would press them together.
+                axis.set_ylim(min(shown) / 1.3, max(shown) * 1.3)
             axis.yaxis.set_major_locator(LogLocator(subs=TICKS))
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_locator(NullLocator())
@@ -56,7 +61,7 @@ def _figure(tasks: Mapping[str | None, Sequence[Grid]], path: Path, x: str, poin
                 axis.set_xscale("log")
             axis.grid(alpha=0.25)
         handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels())}
-        figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 4 * len(tasks)))
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 3 * len(tasks) - 1))
         figure.savefig(path, metadata={"Date": None})
     # Lines end in spaces here and there, which checks before a commit would take away.
     path.write_text("\n".join(line.rstrip() for line in path.read_text("utf-8").splitlines()) + "\n", "utf-8")

@@ -78,7 +78,7 @@ def _done(content: Mapping[str, Any], name: str) -> str:
 
 def _caption(figure: str) -> str:
     what = "during training, at each one's best rate" if "curves" in figure else "over the learning rate"
-    return f"Held-out loss {what}, means over seeds with 95 % intervals"
+    return f"Held-out loss {what}, means over seeds with 95 % intervals, cut at the frame"
 
 
 def _variants(variants: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
