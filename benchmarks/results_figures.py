@@ -61,7 +61,9 @@ def _figure(tasks: Mapping[str | None, Sequence[Grid]], path: Path, x: str, poin
                 axis.set_xscale("log")
             axis.grid(alpha=0.25)
         handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels())}
-        figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 3 * len(tasks) - 1))
+        figure.legend(
+            handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 3 * len(tasks) - 1)
+        )
         figure.savefig(path, metadata={"Date": None})
     # Lines end in spaces here and there, which checks before a commit would take away.
     path.write_text("\n".join(line.rstrip() for line in path.read_text("utf-8").splitlines()) + "\n", "utf-8")
