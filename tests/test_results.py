@@ -48,6 +48,29 @@ def test_the_readme_says_what_the_committed_rows_say():
     assert abs(ahead.mean) > ahead.half
 
 
+def test_what_the_readme_says_of_a_larger_alpha_and_of_a_fresh_head_is_what_the_rows_say():
+    readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    assert "LoRA with four times the α gains less over the rates" in readme
+    assert "and at its best rate less on one task and more on another" in readme
+    found = {
+        (grid.task, grid.group.variant): grid
+        for grid in grids(json.loads((results.ROWS / "smollm2.json").read_text("utf-8"))["rows"])
+    }
+    theirs = {task: grid for (task, variant), grid in found.items() if variant == "lora-alpha32"}
+    own = {task: found[task, "gradient-tsd"] for task in theirs}
+    for task, grid in theirs.items():
+        assert own[task].mean_against_lora.relative.mean < grid.mean_against_lora.relative.mean < 0
+    less = [own[t].best_against_lora.relative.mean < g.best_against_lora.relative.mean for t, g in theirs.items()]
+    assert sorted(less) == [False, True]
+    assert "On an encoder with a fresh head (SST-2, one seed) it is level with LoRA" in readme
+    rows = json.loads((results.ROWS / "sst2.json").read_text("utf-8"))["rows"]
+    assert {row["seed"] for row in rows} == {0}
+    for grid in grids(rows):
+        if grid.group.variant != "lora":
+            for against in (grid.mean_against_lora, grid.best_against_lora):
+                assert abs(against.relative.mean) < 0.02
+
+
 def test_what_the_readme_says_of_lora_ga_is_what_its_rows_say():
     """At the one seed there is of it, beside ours at that seed: at each one's best rate, and over the rates."""
     rows = json.loads((results.ROWS / "smollm2.json").read_text("utf-8"))["rows"]

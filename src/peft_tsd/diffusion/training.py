@@ -78,12 +78,12 @@ def _run(job: Job, stop: Stop) -> Result:
     if not recipe.resume:
         by_main(lambda: folder.create(recipe, {"status": "running", **facts, "fixed_loss": {}}))
     with only_main(folder.locked()), only_main(room_in(folder)):
-        return _continue(job, facts, stop)
+        return _continue(job, folder, facts, stop)
 
 
-def _continue(job: Job, facts: dict[str, Any], stop: Stop) -> Result:
+def _continue(job: Job, folder: RunFolder, facts: dict[str, Any], stop: Stop) -> Result:
     """Do what is left of the run: all of it, at first."""
-    recipe, folder = job.recipe, RunFolder(job.recipe.output)
+    recipe = job.recipe
     metrics = by_main(folder.read_metrics)
     if recipe.resume:
         if metrics["data"] != facts["data"]:

@@ -201,7 +201,7 @@ def test_a_method_starts_from_packed_conversations_as_from_each_by_itself(place,
     run(recipe_of(place), f"method={method}", "training.start_batches=1", "training.steps=1")
     [(base, [batch])] = seen
     places = batch["position_ids"][0].tolist()
-    begins = [i for i, place in enumerate(places) if place == 0]
+    begins = [i for i, at in enumerate(places) if at == 0]
     assert len(begins) > 1
     base.config.use_cache = True  # Trainer has turned it off; the batches are not to need that
     with torch.no_grad():
