@@ -6,8 +6,8 @@
 A file of rows, benchmarks/results/NAME.json, has one row a run: its task, variant, rate and seed, its final loss on
 held-out and validation rows, its evaluations, metric, times, and on which setup it ran. Beside them what the runs have
 in common, what each variant is, and the page's sections, which are written by hand and kept: of each a name (of its
-figures), a title, a text, and which variants and seeds it shows, null for all. Rows of a run that was collected before
-are replaced; rows of other settings are refused.
+figures), a title, a text, and, where it does not show all, which "variants", "seeds", "rates" and "ranks" it shows.
+Rows of a run that was collected before are replaced; rows of other settings are refused.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from peft_tsd.compare.plan import LEARNING_RATE
 from peft_tsd.recipes.methods import METHODS
 from results_figures import draw
 from results_tables import section
@@ -48,7 +49,7 @@ def collect(folder: Path, name: str) -> Path:
     """
     path = ROWS / f"{name}.json"
     content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    whole = {"name": name, "title": name, "about": "", "variants": None, "seeds": None}
+    whole = {"name": name, "title": name, "about": ""}
     kept = {"sections": [whole], "recipe": None, "common": None, "variants": {}, "setups": [], "rows": []}
     if path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
@@ -145,13 +146,18 @@ def _text(kept: Row) -> str:
 
 
 def _shown(content: Row, section: Row) -> Row:
-    """What a section shows of a file of rows: with its title and text, its variants and seeds alone."""
-    names = list(content["variants"]) if section["variants"] is None else section["variants"]
+    """What a section shows of a file of rows, with its title and text."""
+    names = section.get("variants", list(content["variants"]))
     order = {name: i for i, name in enumerate(names)}
+    parts = {
+        "seeds": lambda row: row["seed"],
+        "rates": lambda row: row["variation"][LEARNING_RATE],
+        "ranks": lambda row: row["rank"],
+    }
     rows = [
         row
         for row in content["rows"]
-        if _name(row) in order and (section["seeds"] is None or row["seed"] in section["seeds"])
+        if _name(row) in order and all(of(row) in section[part] for part, of in parts.items() if part in section)
     ]
     return {
         **content,

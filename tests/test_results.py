@@ -151,13 +151,19 @@ def test_rows_are_collected_merged_and_shown(place):
         assert "alpha r4" in (figures / name).read_text("utf-8")
 
 
-def test_a_section_shows_its_variants_and_seeds_alone(place):
-    runs = [made(name, seed, 1e-3, 2.0 + seed, alpha=a) for name, a in (("lora", 8), ("alpha", 32)) for seed in (0, 1)]
+def test_a_section_shows_what_it_names_alone(place):
+    runs = [
+        made(name, seed, rate, 2.0 + seed, alpha=a)
+        for name, a in (("lora", 8), ("alpha", 32))
+        for seed in (0, 1)
+        for rate in (1e-4, 1e-3)
+    ]
     content = collect(place, *runs)
     whole = content["sections"][0]
-    assert whole == {"name": "proof", "title": "proof", "about": "", "variants": None, "seeds": None}
-    part = {"name": "part", "title": "A part", "about": "Why.", "variants": ["alpha", "lora"], "seeds": [1]}
-    one = {**part, "name": "one", "title": "One", "variants": ["lora"], "seeds": None}
+    assert whole == {"name": "proof", "title": "proof", "about": ""}
+    part = {**whole, "name": "part", "title": "A part", "about": "Why.", "variants": ["alpha", "lora"], "seeds": [1]}
+    part = {**part, "rates": [1e-3], "ranks": [4]}
+    one = {**whole, "name": "one", "title": "One", "variants": ["lora"]}
     (place / "rows" / "proof.json").write_text(json.dumps({**content, "sections": [part, one]}))
     page = place / "page.md"
     page.write_text(f"{results.BEGIN}{results.END}")
@@ -166,7 +172,7 @@ def test_a_section_shows_its_variants_and_seeds_alone(place):
     assert "## A part\n\nWhy." in first
     assert "--variants alpha,lora --rates 1e-3 --seeds 1\n" in first
     assert "2 runs of 3 steps, seeds 1," in first
-    assert "--variants lora --rates 1e-3 --seeds 0,1\n" in second
+    assert "--variants lora --rates 1e-4,1e-3 --seeds 0,1\n" in second
     assert {path.name for path in (place / "figures").iterdir()} == {
         f"{name}-{kind}.svg" for name in ("part", "one") for kind in ("rates", "curves")
     }
