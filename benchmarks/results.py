@@ -6,8 +6,8 @@
 A file of rows, benchmarks/results/NAME.json, has one row a run: its task, variant, rate and seed, its final loss on
 held-out and validation rows, its evaluations, metric, times, and on which setup it ran. Beside them what the runs have
 in common, what each variant is, and the page's sections, which are written by hand and kept: of each a name (of its
-figures), a title, a text, and, where it does not show all, which "variants", "seeds", "rates" and "ranks" it shows.
-Rows of a run that was collected before are replaced; rows of other settings are refused.
+figures), a title, a text, and, where it does not show all, which "variants", "tasks", "ranks", "rates" and "seeds" it
+shows. Rows of a run that was collected before are replaced; rows of other settings are refused.
 """
 
 from __future__ import annotations
@@ -145,14 +145,15 @@ def _text(kept: Row) -> str:
     return f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n'
 
 
-def _shown(content: Row, section: Row) -> Row:
+def shown(content: Row, section: Row) -> Row:
     """What a section shows of a file of rows, with its title and text."""
     names = section.get("variants", list(content["variants"]))
     order = {name: i for i, name in enumerate(names)}
     parts = {
-        "seeds": lambda row: row["seed"],
-        "rates": lambda row: row["variation"][LEARNING_RATE],
+        "tasks": lambda row: row["task"],
         "ranks": lambda row: row["rank"],
+        "rates": lambda row: row["variation"][LEARNING_RATE],
+        "seeds": lambda row: row["seed"],
     }
     rows = [
         row
@@ -183,9 +184,9 @@ def write(rows: Path = ROWS, page: Path = PAGE, figures: Path = FIGURES) -> None
     for path in sorted(rows.glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         for one in content["sections"]:
-            shown = _shown(content, one)
-            drawn = draw(shown["rows"], figures, one["name"])
-            sections.append(section(shown, path.stem, [f"{figures.name}/{name}" for name in drawn]))
+            part = shown(content, one)
+            drawn = draw(part["rows"], figures, one["name"])
+            sections.append(section(part, path.stem, [f"{figures.name}/{name}" for name in drawn]))
     made = "\n\n".join(sections) or "No rows have been collected yet."
     page.write_text(f"{before}{BEGIN}\n\n{made}\n\n{END}{after}", encoding="utf-8")
 

@@ -26,9 +26,15 @@ def test_the_committed_page_and_figures_are_those_of_the_committed_rows(tmp_path
     assert made == committed, "run: python benchmarks/results.py"
 
 
+def rows_of(file, section):
+    """The committed rows that a section of the page shows."""
+    content = json.loads((results.ROWS / f"{file}.json").read_text("utf-8"))
+    [found] = [one for one in content["sections"] if one["name"] == section]
+    return results.shown(content, found)["rows"]
+
+
 def test_the_readme_says_what_the_committed_rows_say():
-    rows = json.loads((results.ROWS / "smollm2.json").read_text("utf-8"))["rows"]
-    ours = [grid for grid in grids(rows) if grid.group.variant == "gradient-tsd"]
+    ours = [grid for grid in grids(rows_of("smollm2", "smollm2")) if grid.group.variant == "gradient-tsd"]
     readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
 
     def least_and_most(numbers, digits):
@@ -52,10 +58,7 @@ def test_what_the_readme_says_of_a_larger_alpha_and_of_a_fresh_head_is_what_the_
     readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
     assert "LoRA with four times the α gains less over the rates" in readme
     assert "and at its best rate less on one task and more on another" in readme
-    found = {
-        (grid.task, grid.group.variant): grid
-        for grid in grids(json.loads((results.ROWS / "smollm2.json").read_text("utf-8"))["rows"])
-    }
+    found = {(grid.task, grid.group.variant): grid for grid in grids(rows_of("smollm2", "smollm2"))}
     theirs = {task: grid for (task, variant), grid in found.items() if variant == "lora-alpha32"}
     own = {task: found[task, "gradient-tsd"] for task in theirs}
     for task, grid in theirs.items():
@@ -63,7 +66,7 @@ def test_what_the_readme_says_of_a_larger_alpha_and_of_a_fresh_head_is_what_the_
     less = [own[t].best_against_lora.relative.mean < g.best_against_lora.relative.mean for t, g in theirs.items()]
     assert sorted(less) == [False, True]
     assert "On an encoder with a fresh head (SST-2, one seed) it is level with LoRA" in readme
-    rows = json.loads((results.ROWS / "sst2.json").read_text("utf-8"))["rows"]
+    rows = rows_of("sst2", "sst2")
     assert {row["seed"] for row in rows} == {0}
     for grid in grids(rows):
         if grid.group.variant != "lora":
@@ -73,7 +76,7 @@ def test_what_the_readme_says_of_a_larger_alpha_and_of_a_fresh_head_is_what_the_
 
 def test_what_the_readme_says_of_lora_ga_is_what_its_rows_say():
     """At the one seed there is of it, beside ours at that seed: at each one's best rate, and over the rates."""
-    rows = json.loads((results.ROWS / "smollm2.json").read_text("utf-8"))["rows"]
+    rows = rows_of("smollm2", "smollm2")
     assert (
         "LoRA-GA, tried with one seed, is behind it at its best rate on all three and over the rates on two"
         in " ".join((ROOT / "README.md").read_text("utf-8").split())
@@ -162,7 +165,7 @@ def test_a_section_shows_what_it_names_alone(place):
     whole = content["sections"][0]
     assert whole == {"name": "proof", "title": "proof", "about": ""}
     part = {**whole, "name": "part", "title": "A part", "about": "Why.", "variants": ["alpha", "lora"], "seeds": [1]}
-    part = {**part, "rates": [1e-3], "ranks": [4]}
+    part = {**part, "tasks": ["spell"], "ranks": [4], "rates": [1e-3]}
     one = {**whole, "name": "one", "title": "One", "variants": ["lora"]}
     (place / "rows" / "proof.json").write_text(json.dumps({**content, "sections": [part, one]}))
     page = place / "page.md"
