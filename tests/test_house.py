@@ -74,6 +74,17 @@ def test_imports_run_downwards() -> None:
     assert not up, "\n".join(["imports that run up:", *up])
 
 
+def test_float64_is_asked_of_a_tensor_in_one_place() -> None:
+    """Apple's MPS has none: `as_double` knows."""
+    asked = [
+        module
+        for module in modules()
+        for node in ast.walk(tree_of(module))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "double"
+    ]
+    assert asked == ["directions.spectrum"]
+
+
 def test_there_is_no_circle() -> None:
     below = {module: arrows(module) for module in modules()}
     while free := [module for module, others in below.items() if not others & below.keys()]:

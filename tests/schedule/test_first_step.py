@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from peft import LoHaConfig, get_peft_model
 
 from peft_tsd import DashConfig, TsdConfig, export_lora, identify_from_gradients
-from peft_tsd.schedule.first_step import best_length
+from peft_tsd.schedule.first_step import FIRST_TRIED, MOST_TRIED, best_length
 from peft_tsd.tuner.phase import adapted_layers
 from support import tiny
 from support.gradients import batch, dense_gradients
@@ -111,6 +111,23 @@ def test_on_a_parabola_the_length_is_within_a_factor_of_two(log_best, log_depth,
     assert best / 2 < length < 2 * best
     assert after < before
     assert len(tried) <= 9
+
+
+@given(st.integers(-6, 6))
+def test_it_is_the_best_of_all_doublings_and_halvings(k):
+    """The best may be longer or shorter than the first tried, as far as there are tries."""
+    best = FIRST_TRIED * 2.0**k
+    tried = []
+
+    def loss_at(length):
+        tried.append(length)
+        return 1.0 + (abs(math.log2(length / best)) if length else 9)
+
+    # The loss at zero is 10.
+    assert best_length(loss_at, 10.0)[0] == best
+    assert len(tried) == len(set(tried)) <= 1 + MOST_TRIED
+    if k in (0, -1, 1):
+        assert len(tried) == 4 + (k == -1)
 
 
 def test_where_no_length_is_better_none_is_taken():

@@ -1,6 +1,7 @@
 """Directions of the gradient: found by sketches, learned along and started from, without a look at a weight."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from peft import LoHaConfig, PeftModel, get_peft_model
 from torch import nn
 
 from peft_tsd import DashConfig, TsdConfig, export_lora, identify_from_gradients
+from peft_tsd.errors import TransitionError
+from peft_tsd.schedule.gradients import loss_of_output
 from peft_tsd.schedule.sketches import gradient_triples
 from peft_tsd.tuner.layer import INIT_ROW_NORM
 from peft_tsd.tuner.phase import adapted_layers
@@ -37,7 +40,9 @@ def test_triples_are_those_of_the_dense_gradient(kind):
     base = One(layer).double()
     inputs = [torch.randn(shape, dtype=torch.float64) for _ in range(2)]
     model = get_peft_model(copy.deepcopy(base), tiny.config("lora-dash", target_modules=["layer"]))
-    [found] = gradient_triples(model, adapted_layers(model, "default"), inputs, square, {"layer": 4}).values()
+    [found] = gradient_triples(
+        model, adapted_layers(model, "default"), "default", inputs, square, {"layer": 4}
+    ).values()
     gradient = dense_gradients(base, inputs, square)["layer"]
     u, s, v_transposed = torch.linalg.svd(gradient)
     # Small layers: the sketch has as many columns as the matrix, and is exact.
@@ -205,3 +210,19 @@ def test_a_layer_that_no_gradient_reaches_is_left_out():
     identify_from_gradients(model, [torch.randn(4, 8)], loss=square)
     assert model.phase() == "dash"
     assert [len(found.indices) > 0 for found in model.directions().values()] == [True, False]
+
+
+def test_a_gradient_that_is_not_finite_is_refused_with_its_layer_and_nothing_is_changed():
+    model = get_peft_model(tiny.llama(), tiny.config(prelaunch_steps=0, direction_source="gradient"))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def endless(model, batch):
+        return loss_of_output(model, batch) * math.inf
+
+    with pytest.raises(TransitionError, match=r"layer '.*q_proj'.*NaN or Inf.*still in pre-launch"):
+        identify_from_gradients(model, [batch(0)], loss=endless)
+    assert model.phase() == "pre-launch"
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    identify_from_gradients(model, [batch(0)])
+    assert model.phase() == "dash"

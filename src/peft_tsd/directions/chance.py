@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .spectrum import as_double
+
 
 def chance_rate(sigma: Tensor, entry: float, num: int, eps: float) -> float:
     """The change rate that, on average, `num` directions of a weight exceed under a random change.
@@ -39,7 +41,8 @@ def chance_rate(sigma: Tensor, entry: float, num: int, eps: float) -> float:
 
 def over_chance(rates: Tensor, chance: float) -> Tensor:
     """Change rates over the layer's chance rate; where nothing changed, 0."""
-    return rates.double() / chance if chance else torch.zeros_like(rates, dtype=torch.float64)
+    rates = as_double(rates)
+    return rates / chance if chance else torch.zeros_like(rates)
 
 
 def spread(scores: Mapping[str, Tensor], total: int) -> dict[str, int]:

@@ -80,21 +80,37 @@ class Sketch:
 
     @torch.no_grad()
     def turn(self) -> None:
-        """End the first sums, and begin the second."""
+        """End the first sums, and begin the second.
+
+        Raises:
+            ValueError: There is NaN or Inf in them.
+        """
         assert self._omega is not None
+        self._check()
         first = as_double(self.sums)
         self._square = float(first.square().sum()) / first.shape[1]
-        self._basis = torch.linalg.qr(first).Q.to(self.sums.dtype)
+        self._basis = torch.linalg.qr(first).Q.to(self.sums)
         self.sums = self.sums.new_zeros(self._basis.shape[1], len(self._omega))
         self._omega = None
 
     @torch.no_grad()
     def triples(self) -> Triples:
-        """What was found, from the second sums."""
+        """What was found, from the second sums.
+
+        Raises:
+            ValueError: There is NaN or Inf in them.
+        """
         assert self._basis is not None
+        self._check()
         # Z is short and wide: its decomposition is that of the small factor of its QR.
         q, r = torch.linalg.qr(as_double(self.sums).mT)
         u, s, v_transposed = torch.linalg.svd(r.mT)
         # A G of fewer tokens than columns has fewer triples; what is far below the largest is rounding.
         n = min(self._num, int((s > RANK_TOLERANCE * s[0]).sum()))
         return Triples(as_double(self._basis) @ u[:, :n], s[:n], q @ v_transposed[:n].mT, self._square**0.5)
+
+    def _check(self) -> None:
+        if not bool(self.sums.isfinite().all()):
+            raise ValueError(
+                "the gradient of the loss has NaN or Inf in it; look at the loss of the batches, or use float32."
+            )

@@ -9,6 +9,7 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
+from ..directions.spectrum import as_double
 from ..tuner.config import TsdConfig
 from ..tuner.held import joined_coefficients, used_columns
 from ..tuner.stacked import Factors
@@ -85,8 +86,8 @@ def lora_scaling(config: LoraConfig, name: str, rank: int) -> float:
 
 def truncate(factor_a: Tensor, factor_b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """The best factors of at most `rank`, and their relative error, through the small core between two QRs."""
-    q_b, r_b = torch.linalg.qr(factor_b.double())
-    q_a, r_a = torch.linalg.qr(factor_a.double().mT)
+    q_b, r_b = torch.linalg.qr(as_double(factor_b))
+    q_a, r_a = torch.linalg.qr(as_double(factor_a).mT)
     u, sigma, v_transposed = torch.linalg.svd(r_b @ r_a.mT)
     keep = min(rank, len(sigma))
     root = sigma[:keep].sqrt()

@@ -76,6 +76,8 @@ class TsdCallback(TrainerCallback):
         self.transitions: list[dict[str, Any]] = []
         self._batches: list[Any] = []
         self._loss_before: float | None = None
+        self._changed_at: int | None = None  # until the loss after the transition has been logged
+        self._last_logged = 0
         self._held: list[DirectionSettings] = []
         self._began = 0.0
         self._checks_seconds = 0.0
@@ -108,6 +110,7 @@ class TsdCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         remaining = state.max_steps - state.global_step
+        self._last_logged = state.global_step
         for config, layers, adapter in _trained(model):
             config.settle_prelaunch(state.max_steps)
             check_unmerged(layers, adapter)
@@ -193,6 +196,7 @@ class TsdCallback(TrainerCallback):
             made["prelaunch_seconds"] = start - self._began
         self.transitions.append(made)
         log.info("directions of adapter %r identified: %s", adapter, made)
+        self._changed_at = state.global_step
         self._loss_before = next((row["loss"] for row in reversed(state.log_history) if "loss" in row), None)
         if state.best_model_checkpoint is not None:
             log.info(
@@ -205,16 +209,28 @@ class TsdCallback(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, model: nn.Module, logs: dict[str, float], **kwargs: Any
     ) -> None:
-        if self._loss_before is not None and "loss" in logs:
-            log.info("loss %.4f before the transition, %.4f after it", self._loss_before, logs["loss"])
-            self._loss_before = None
         if "loss" not in logs:
             return
+        self._note_loss(state.global_step, logs["loss"])
         shown = self._curves(model)
         logs.update(shown)
         # What Trainer keeps, and saves with a checkpoint, is a copy.
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(shown)
+
+    def _note_loss(self, step: int, loss: float) -> None:
+        """Log the loss before and after the transition. Trainer logs the mean of the steps since it last did."""
+        if self._changed_at is not None:
+            if step == self._changed_at:
+                self._loss_before = loss
+            elif self._last_logged >= self._changed_at:
+                if self._loss_before is not None:
+                    log.info(
+                        "loss %.4f before the transition of step %d, %.4f after it, in steps %d to %d",
+                        self._loss_before, self._changed_at, loss, self._last_logged + 1, step,
+                    )  # fmt: skip
+                self._changed_at = None
+        self._last_logged = step
 
     def _curves(self, model: nn.Module) -> dict[str, float]:
         trained = _trained(model)

@@ -2,7 +2,8 @@
 
 From `W` (and what a pre-launch has learned) the model goes to `W − η Σ_j u_j v_jᵀ` in every layer, with one length η
 for all, in the parameters that are trained: `B = −η U/(s c)` where A starts as `c Vᵀ` (LoRA-Init, LoRA-TSD), Δσ_j = −η
-elsewhere. The length is found by trying: doubled while the loss of batches that the gradient has not seen falls.
+elsewhere. The length is found by trying: doubled, or halved, while the loss of batches that the gradient has not seen
+falls.
 
 Sources: LoRA-One (Zhang et al., ICML 2025) starts LoRA from one step of descent along the leading singular directions,
 in proportion to the singular values. Steps of equal singular values are those of Muon (Jordan et al., 2024), steepest
@@ -12,6 +13,7 @@ descent in the spectral norm; with them one length serves layers whose gradients
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,17 +21,20 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..directions.spectrum import as_double
 from ..distributed.sharded import assign, is_main_process, world
 from ..tuner.directed import DirectedLayer, Identified
 from .gradients import Loss, undisturbed
 
 log = logging.getLogger(__name__)
 
-FIRST_TRIED = 1 / 8
-"""The first length tried: the one that would take this part off the loss, were it linear."""
+FIRST_TRIED = 1 / 2
+"""The first length tried: the one that would take this part off the loss, were it linear. Usually it is the best, or
+half the best, so that three lengths are tried.
+"""
 
 MOST_TRIED = 8
-"""Lengths tried at most. Usually it is four or five: the best take off half of the loss or more."""
+"""Lengths tried at most."""
 
 
 @torch.no_grad()
@@ -64,14 +69,14 @@ def step_down(
 
     def loss_at(length: float) -> float:
         go(length)
-        values = torch.stack([loss(model, batch).detach().double() for batch in batches])
+        values = torch.stack([as_double(loss(model, batch)) for batch in batches])
         mean = values.mean()
         if world()[1] > 1:
             dist.all_reduce(mean)
             mean /= world()[1]
         return float(mean)
 
-    slope = float(sum(one.chosen.sigma.double().sum() for one in found.values()))
+    slope = float(sum(as_double(one.chosen.sigma).sum() for one in found.values()))
     length = 0.0
     try:
         with undisturbed(model):
@@ -93,15 +98,27 @@ def best_length(loss_at: Callable[[float], float], slope: float) -> tuple[float,
         slope: How fast it falls with the length at first, or a number of its order.
     """
     before = loss_at(0.0)
-    best, lowest = 0.0, before
     length = FIRST_TRIED * abs(before) / slope
-    for _ in range(MOST_TRIED if length > 0 else 0):
-        value = loss_at(length)
-        if value < lowest:
-            best, lowest = length, value
-            length *= 2
-        elif best:  # it was shorter, and better
+    if not 0 < length < math.inf:
+        return 0.0, before, before
+    losses: dict[float, float] = {}
+
+    def lowers(length: float, other: float) -> bool:
+        """Whether a length is better than one that was tried before; not where all tries are spent."""
+        if length not in losses:
+            if len(losses) == MOST_TRIED:
+                return False
+            losses[length] = loss_at(length)
+        return losses[length] < other
+
+    while not lowers(length, before):
+        if len(losses) == MOST_TRIED:
+            return 0.0, before, before
+        length /= 4
+    for factor in (2.0, 0.5):
+        begun = length
+        while lowers(length * factor, losses[length]):
+            length *= factor
+        if length != begun:
             break
-        else:
-            length /= 4
-    return best, before, lowest
+    return length, before, losses[length]

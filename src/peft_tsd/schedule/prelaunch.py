@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..directions.change import LowRank, check_change, is_no_change
 from ..directions.definitions import highest_first, rates_on
-from ..directions.spectrum import Spectrum
+from ..directions.spectrum import Spectrum, as_double
 from ..distributed.sharded import is_sharded
 from ..distributed.sharing import share_out
 from ..errors import in_layer
@@ -124,7 +124,7 @@ def _check(layers: Mapping[str, DirectedLayer], adapter: str, config: DirectionS
         candidates = checked[name].fixed(adapter).candidates
         assert candidates is not None
         before = candidates.cpu()
-        parts.append(float(torch.isin(indices, before).double().mean()))
+        parts.append(float(as_double(torch.isin(indices, before)).mean()))
         candidates.copy_(torch.cat([indices, before[len(indices) :]]))
     agreement = sum(parts) / len(parts) if parts else 0.0
     number = config.check_steps.index(step)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..directions.sketch import Sketch, Triples
 from ..distributed.sharded import world
+from ..distributed.sharing import share_out
 from ..errors import in_layer
 from ..tuner.directed import DirectedLayer, Identified
 from .gradients import Loss, pass_by
@@ -29,7 +30,7 @@ def along_gradients(
     `gradient_triples`.
     """
     nums = {name: len(layer.fixed(adapter).indices) for name, layer in layers.items()}
-    found = gradient_triples(model, layers, batches, loss, nums)
+    found = gradient_triples(model, layers, adapter, batches, loss, nums)
 
     def work(name: str, adapter: str) -> Identified | None:
         if name not in found or not len(found[name].s):
@@ -40,7 +41,12 @@ def along_gradients(
 
 
 def gradient_triples(
-    model: nn.Module, layers: Mapping[str, DirectedLayer], batches: Sequence[Any], loss: Loss, nums: Mapping[str, int]
+    model: nn.Module,
+    layers: Mapping[str, DirectedLayer],
+    adapter: str,
+    batches: Sequence[Any],
+    loss: Loss,
+    nums: Mapping[str, int],
 ) -> dict[str, Triples]:
     """The leading singular triples of the gradient of the mean loss over `batches`, for each layer's frozen weight.
 
@@ -50,12 +56,14 @@ def gradient_triples(
     Args:
         model: The model, not wrapped.
         layers: Its layers, by name.
+        adapter: The adapter that the directions are for.
         batches: What `loss` takes, one at a time; gone through twice.
         loss: Of the model and a batch, a scalar.
         nums: How many triples are wanted of each layer. A layer that no gradient reaches has none.
 
     Raises:
         ValueError: As `weight_gradients`.
+        TransitionError: There is NaN or Inf in a layer's gradient.
     """
     sketches: dict[str, Sketch] = {}
 
@@ -76,14 +84,20 @@ def gradient_triples(
             if world()[1] > 1:
                 torch.distributed.all_reduce(sketch.sums)
             if is_first:
-                sketch.turn()
+                in_layer(name, partial(_turn, sketch), adapter)
     share = 1 / (len(batches) * world()[1])
-    found = {}
-    for name in layers:
-        if name in sketches:
-            triples = sketches[name].triples()
-            found[name] = triples._replace(s=share * triples.s, norm=share * triples.norm)
-    return found
+
+    def work(name: str, sketch: Sketch) -> Triples:
+        u, s, v, norm = in_layer(name, lambda adapter: sketch.triples(), adapter)
+        return Triples(u.cpu(), share * s.cpu(), v.cpu(), share * norm)
+
+    reached = {name: layers[name] for name in layers if name in sketches}
+    costs = {name: float(sum(layer.matrix_shape)) for name, layer in reached.items()}
+    return share_out(reached, lambda name, _: sketches[name], work, costs)
+
+
+def _turn(sketch: Sketch, adapter: str) -> None:
+    sketch.turn()
 
 
 def _reached_anywhere(layers: Mapping[str, DirectedLayer], reached: Collection[str]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ...directions.spectrum import as_double
 from .decoding import common_beginning, pad_left, positions, read_beginning
 
 
@@ -66,7 +67,7 @@ def most_likely(
         for row, key in enumerate(chosen):
             for j, asked in contexts[key]:
                 steps = torch.arange(keep - len(asked), keep)
-                scores[key[0]][j] = logarithms[row, steps, torch.tensor(asked)].double().sum().item()
+                scores[key[0]][j] = float(as_double(logarithms[row, steps, torch.tensor(asked)]).sum())
             left[key[0]] -= 1
         on_batch(sum(left[i] == 0 for i in {key[0] for key in chosen}))
     return [max(range(len(row)), key=row.__getitem__) for row in scores]
