@@ -7,7 +7,8 @@ A file of rows, benchmarks/results/NAME.json, has one row a run: its task, varia
 held-out and validation rows, its evaluations, metric, times, and on which setup it ran. Beside them what the runs have
 in common, what each variant is, and the page's sections, which are written by hand and kept: of each a name (of its
 figures), a title, a text, and, where it does not show all, which "variants", "tasks", "ranks", "rates" and "seeds" it
-shows. Rows of a run that was collected before are replaced; rows of other settings are refused.
+shows; and "targets", where there are some, the variant and rank that they are of. Rows of a run that was collected
+before are replaced; rows of other settings are refused.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from peft_tsd.compare.plan import LEARNING_RATE
 from peft_tsd.recipes.methods import METHODS
 from results_figures import draw
 from results_tables import section
+from results_targets import targets
 
 ROOT = Path(__file__).parent.parent
 
@@ -183,6 +185,8 @@ def write(rows: Path = ROWS, page: Path = PAGE, figures: Path = FIGURES) -> None
     figures.mkdir(exist_ok=True)
     for path in sorted(rows.glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
+        if "targets" in content:
+            sections.append(targets(content["rows"], **content["targets"]))
         for one in content["sections"]:
             part = shown(content, one)
             drawn = draw(part["rows"], figures, one["name"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean
+from statistics import median
 from typing import Any
 
 from peft_tsd.compare.grid import Cells, by_task, grids, rate_text
@@ -30,8 +30,9 @@ def section(content: Mapping[str, Any], name: str, figures: Sequence[str]) -> st
     parts.append(GRID_LEGEND)
     parts.append(markdown(*_costs(rows)))
     parts.append(
-        "Means over all runs, of processes that may have shared the machine with others: seconds of a step, seconds "
-        "before the first step and at a transition, and the largest peak of memory of a run."
+        "“start”: seconds before the first step and at a transition, over the seconds of a step of the same run, the "
+        "median over runs; “MiB”: the largest peak of memory of a run. What a step takes beside LoRA’s, alone on a "
+        "machine, is in [benchmarks](../benchmarks/README.md)."
     )
     return "\n\n".join(parts)
 
@@ -127,14 +128,17 @@ def _costs(rows: Sequence[Row]) -> Cells:
     lines = []
     for label, own in groups.items():
         memory = [row["peak_memory_bytes"] for row in own if row.get("peak_memory_bytes")]
-        starts = [row.get("start_seconds", 0.0) + row.get("transition_seconds", 0.0) for row in own]
+        starts = [
+            (row["start_seconds"] + row.get("transition_seconds", 0.0)) / row["seconds_per_step"]
+            for row in own
+            if "start_seconds" in row
+        ]
         lines.append(
             [
                 label,
                 f"{own[0]['trainable_parameters']:,}",
-                f"{fmean(row['seconds_per_step'] for row in own):.2f}",
-                f"{fmean(starts):.1f}",
+                f"{median(starts):.1f}" if starts else "",
                 f"{max(memory) / 2**20:,.0f}" if memory else "",
             ]
         )
-    return ["cost", "trained", "s/step", "s to start", "MiB"], lines
+    return ["cost", "trained", "start, in steps", "MiB"], lines

@@ -228,7 +228,7 @@ def steps_table(found: Sequence[Grid]) -> Cells | None:
     lines = []
     for grid in found:
         at = {one.rate: one for one in grid.rates}
-        texts = [_steps_text(at[rate]) if rate in at else "" for rate in rates]
+        texts = [steps_text(at[rate]) if rate in at else "" for rate in rates]
         if any(texts):
             lines.append([grid.group.label, *texts])
     return (["steps to LoRA’s final loss, over LoRA’s", *map(rate_text, rates)], lines) if lines else None
@@ -254,7 +254,8 @@ def _against_text(against: Against | None, p: Callable[[Paired], str]) -> list[s
     return [f"{100 * against.relative.mean:+.1f}{half} %", p(against.paired)]
 
 
-def _steps_text(at: AtRate) -> str:
+def steps_text(at: AtRate) -> str:
+    """The steps to LoRA's final loss over its own, and how many runs never had it."""
     half = "" if at.steps is None or at.steps.half is None else f" ± {at.steps.half:.2f}"
     parts = [] if at.steps is None else [f"{at.steps.mean:.2f}{half}"]
     return " ".join([*parts, *([f"({at.never} never)"] if at.never else [])])
