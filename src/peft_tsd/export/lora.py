@@ -1,14 +1,15 @@
 """What leaves the library: an adapter as a plain LoRA, which every server already loads.
 
 Each adapter *is* a LoRA of a higher rank. With A, B and scaling s of LoRA, directions U, V with their learned changes
-Δσ, and LoRA-Init's starting factors A₀, B₀,
+Δσ, starting factors A₀, B₀, and A₁, B₁ of a pre-launch that is kept,
 
-    A' = [s·A; diag(Δσ)·Vᵀ; −s·A₀],    B' = [B, U, B₀],    scaling 1
+    A' = [s·A; diag(Δσ)·Vᵀ; −s·A₀; s·A₁],    B' = [B, U, B₀, B₁],    scaling 1
 
-is exact: rank r + s, 2r in LoRA-Init with the `"svd"` reading, and r + max(r, s) in LoRA-TSD with it, whose A₀ and B₀
-lie along V and U (`peft_tsd.tuner.held.Joined`). Compression to a smaller rank goes through QR of both factors and an
-SVD of the small core between them; the dense change is never formed. All layers of an export then get one rank
-(`ranks`).
+is exact. Its rank is r + s in LoRA-Dash (and r more where it began as PiSSA does), r in LoRA-Init, r + s in LoRA-TSD.
+From directions of the weight by the `"svd"` reading it is 2r and r + max(r, s) in the last two, for A₀ and B₀ of
+LoRA-TSD lie along V and U (`peft_tsd.tuner.held.Joined`). A pre-launch that they keep adds r. Compression to a smaller
+rank goes through QR of both factors and an SVD of the small core between them; the dense change is never formed. All
+layers of an export then get one rank (`ranks`).
 """
 
 from __future__ import annotations
@@ -100,10 +101,11 @@ def export_lora(
             DDP, Accelerate, ...) or not; or (but for directions beside another method) a folder or hub name saved by
             `save_pretrained`.
         out: The folder to make; it must not exist.
-        rank: Compress to at most this rank by truncated SVD, and report the relative error of each layer. Exact, at
-            rank r + s (with the `"svd"` reading r + max(r, s), in LoRA-Init 2r), by default. Either way all layers get
-            one rank, filled up with zeros to the next that servers take: 8, or a multiple of 16; not below the one
-            given.
+        rank: Compress to at most this rank by truncated SVD, and report the relative error of each layer. By default
+            exact, at rank r + s (LoRA-Init: r); with the `"svd"` reading and directions of the weight r + max(r, s)
+            (LoRA-Init: 2r); and r more where what pre-launch learned was kept, or LoRA-Dash began as PiSSA does.
+            Either way all layers get one rank, filled up with zeros to the next that servers take: 8, or a multiple of
+            16; not below the one given.
         adapter_name: The adapter of the model to export; the active one by default.
 
     Raises:

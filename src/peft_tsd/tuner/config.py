@@ -59,8 +59,9 @@ class TsdConfig(DirectionSettings, LoraConfig):
             One of `"lora-dash"`, `"lora-init"`, `"lora-tsd"`.
         prelaunch_steps (`int` or `"auto"`, *optional*):
             Optimizer steps of plain LoRA before the directions are identified; t in the paper. `"auto"`: until the
-            directions that would be identified have settled. 0: none, the directions are identified from the gradient
-            of the frozen weights (`identify_from_gradients`; `TsdCallback` does it by itself). By default 0 for
+            directions that would be identified have settled. 0: none. Given without `direction_source`, 0 too, it
+            means directions of the weight; with 0 these are identified before the first step, from the gradient of
+            the frozen weights (`identify_from_gradients`; `TsdCallback` does it by itself). By default 0 for
             directions of the gradient, and for those of the weight 100, as in the paper, but not more than a fifth of
             a run whose length is known, as a Trainer's is. The number is filled in when training begins.
         prelaunch_min (`int`, defaults to 25):
@@ -76,8 +77,9 @@ class TsdConfig(DirectionSettings, LoraConfig):
             loss with respect to the frozen weight, along which, to first order, a scalar or a row of A does most;
             found from a few batches (`identify_from_gradients`; `TsdCallback` does it by itself) without a look at
             the weight. `"weight"`: the core directions of the frozen weight, as in the paper. By default `"gradient"`,
-            and `"weight"` where `prelaunch_steps` is given, for a pre-launch is the paper's way; configurations saved
-            before there was a choice are read as `"weight"`.
+            and `"weight"` where `prelaunch_steps` is given (0 too), for a pre-launch is the paper's way; directions of
+            the gradient after a pre-launch take both settings. Configurations saved before there was a choice are read
+            as `"weight"`.
         first_step (`bool`, defaults to `True`):
             With directions of the gradient, begin with a step down it: a change of `−η Σ_j u_j v_jᵀ` in every layer,
             in B where A starts from the directions, and in Δσ elsewhere. The one length η is the best of those tried
