@@ -17,7 +17,7 @@ GPUS = (8, 64, 256, 1024)
 R, S = 8, 8
 """LoRA's rank, and directions a layer."""
 OVERSAMPLING = 8
-"""Columns of a sketch more than directions (`peft_tsd.directions.sketch`)."""
+"""Columns of a sketch more than the layer holds directions (`peft_tsd.directions.sketch`)."""
 
 # What a GPU and its network are taken to do: an H100 in nodes of 8, with a part of what its data sheet says.
 OPERATIONS = 11
@@ -86,29 +86,31 @@ def row(model: Model, gpus: int) -> Row:
     """The formulas."""
     weights = model.weights()
     sides = sum(out + inner for out, inner in weights)
-    columns = R + S  # with what pre-launch learned and a start along the directions: max(R, S) and R
+    held = max(R, S)  # with a start along the directions
     scalars = R * sides + S * len(weights)
     # A, B and Δσ with their gradients and two moments, in float32, sharded.
     adapter = 4 * 4 * scalars / gpus
     # U, V, and A₁, B₁ of the pre-launch: whole in every process.
-    directions = 4 * columns * sides
+    directions = 4 * (held + R) * sides
     # Sums of one side and Ω or Q of the other, p columns of float32, whole in every process.
-    sketches = 4 * (S + OVERSAMPLING) * sides
+    sketches = 4 * (held + OVERSAMPLING) * sides
     # The largest weight put together, and what factorizing it takes: 4.2 k x k matrices in float64.
     largest = max(weights, key=math.prod)
     transition = 2 * math.prod(largest) + 4.2 * 8 * min(largest) ** 2
     # In turns of W weights, the costly ones first; a turn takes as long as its first.
     costs = sorted((min(shape) ** 2 * max(shape) for shape in weights), reverse=True)
     speed = WITHIN if gpus <= NODE else BETWEEN
-    # Each weight is gathered by who factorizes it, one after the other, and what was found is sent to all.
-    sent = 4 * columns * sides
+    # Each weight is gathered by who factorizes it, one after the other, and what was found is sent to all, directions
+    # and the start of A and B.
+    sent = 4 * (S + R) * sides
     finding = OPERATIONS * sum(costs[::gpus]) / FACTORIZING + (2 * sum(map(math.prod, weights)) + sent) / speed
     # Two passes forward and backward, of 6 operations a parameter and token, for which FSDP gathers all weights twice;
-    # in each two products with p columns a side; the sums are reduced over all, which sends them twice.
+    # in each two products with p columns a side; the sums are reduced over all, which sends them twice, and what was
+    # found, in float64, is sent to all.
     tokens = BATCHES * TOKENS
     passes = max(2 * 6 * model.parameters * tokens / TRAINING, 2 * 2 * BATCHES * 2 * model.parameters / speed)
-    products = 2 * 2 * tokens * (S + OVERSAMPLING) * sides / SKETCHING
-    sketching = passes + products + 2 * sketches / speed
+    products = 2 * 2 * tokens * (held + OVERSAMPLING) * sides / SKETCHING
+    sketching = passes + products + (2 * sketches + 8 * held * sides) / speed
     # The adapter, its two moments, and the directions once.
     checkpoint = 4 * 3 * scalars + directions
     return Row(

@@ -68,8 +68,8 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - started, found
 
 
-def step_seconds(base: Any, batches: list[dict[str, Tensor]], rounds: int) -> float:
-    """The median of training steps of PEFT's LoRA; the base is afterwards as before."""
+def step_seconds(base: Any, batches: list[dict[str, Tensor]]) -> float:
+    """The median of five training steps of PEFT's LoRA; the base is afterwards as before."""
     model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS)).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 
@@ -79,7 +79,7 @@ def step_seconds(base: Any, batches: list[dict[str, Tensor]], rounds: int) -> fl
         optimizer.zero_grad()
 
     step()
-    took = [timed(step)[0] for _ in range(rounds)]
+    took = [timed(step)[0] for _ in range(5)]
     model.unload()
     return median(took)
 
@@ -122,33 +122,39 @@ def core(weights: dict[str, Tensor]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=8, help="of a batch (default 8)")
-    parser.add_argument("--rounds", type=int, default=5, help="training steps to take the median of (default 5)")
+    parser.add_argument("--rounds", type=int, default=3, help="of a step and both starts, by turns (default 3)")
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
     args = parser.parse_args()
     machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     print(f"{machine}; torch {torch.__version__}")
     base, tokenizer = smollm2()
     batches = batches_of(tokenizer, 2, args.rows)
-    step = step_seconds(base, batches, args.rounds)
-    starts = {first: start_seconds(base, batches, first_step=first) for first in (True, False)}
-    passed = starts[True][1]
+    steps, ratios = [], {True: [], False: []}
+    for _ in range(args.rounds):
+        steps.append(step_seconds(base, batches))
+        for first, own in ratios.items():
+            took, passed = start_seconds(base, batches, first_step=first)
+            own.append(took / steps[-1])
     weights = {name: base.get_submodule(name).weight.detach() for name in passed}
     seconds = {"sketches": timed(lambda: sketched(passed)), "dense SVD float64": timed(lambda: dense(passed))}
     seconds["core directions"] = timed(lambda: core(weights))
     found, truth = seconds["sketches"][1], seconds["dense SVD float64"][1]
     shares = [float(found[name].s.square().sum() / truth[name].square().sum()) for name in truth]
     tokens = len(next(iter(passed.values()))[0])
-    print(f"{len(passed)} weights, {tokens} tokens a batch, two batches; a training step of LoRA: {step:.2f} s")
+    print(
+        f"{len(passed)} weights, {tokens} tokens a batch, two batches; a training step of LoRA: {median(steps):.2f} s"
+    )
     for name, (took, _) in seconds.items():
         print(f"{name:18} {took:7.2f} s {took / seconds['core directions'][0]:7.2f} of the core directions'")
     print(f"of what the leading {NUM} hold: {min(shares):.3f} at least, {median(shares):.3f} in the median weight")
-    for first, (took, _) in starts.items():
-        print(f"start {'with' if first else 'without'} the first step: {took:.2f} s, {took / step:.2f} steps")
+    for first, own in ratios.items():
+        text = ", ".join(f"{one:.2f}" for one in own)
+        print(f"start {'with' if first else 'without'} the first step: {median(own):.2f} steps ({text})")
     if args.out:
         results = {
             "setting": {"machine": machine, "torch": torch.__version__, "peft_tsd": __version__, "tokens": tokens},
-            "step": step,
-            "start": {("first step" if first else "still"): took for first, (took, _) in starts.items()},
+            "step": steps,
+            "start in steps": {("first step" if first else "still"): own for first, own in ratios.items()},
             "seconds": {name: took for name, (took, _) in seconds.items()},
             "shares": shares,
         }

@@ -23,7 +23,8 @@ args = parser.parse_args()
 base, tokenizer = stand_in.load(args.model)
 data = [stand_in.encode(tokenizer, row) for row in stand_in.questions()]
 
-# The directions are those of the first batches' gradient; prelaunch_steps=100 would be the paper's way.
+# The directions are those of the first batches' gradient; the paper's way would be
+# prelaunch_steps=100 and keep_prelaunch=False.
 config = TsdConfig(
     method="lora-tsd",
     r=8,

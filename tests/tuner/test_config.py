@@ -63,7 +63,7 @@ def test_it_survives_saving(tmp_path):
         ({"method": None}, "got None"),
         ({"keep_prelaunch": 1}, "keep_prelaunch must be True or False; got 1"),
         ({"init_reading": "SVD"}, "init_reading must be one of svd, orthonormal; got 'SVD'"),
-        ({"prelaunch_steps": -1}, "prelaunch_steps must be the number of .*, 0 for .* gradients, or 'auto'; got -1"),
+        ({"prelaunch_steps": -1}, "prelaunch_steps must be the number of .*, 0 for none, 'auto', or None .*; got -1"),
         ({"prelaunch_steps": 1.5}, "got 1.5"),
         ({"prelaunch_steps": True}, "got True"),
         ({"prelaunch_steps": "Auto"}, "got 'Auto'"),

@@ -36,7 +36,7 @@ class TsdCallback(TrainerCallback):
     An adapter without a pre-launch (`prelaunch_steps=0`) gets its directions before the first step, from the gradients
     of a few batches (`identify_from_gradients`); one with directions of the gradient, after its pre-launch.
 
-    Where nothing was said of the length of the pre-launch, it is a fifth of the run, 100 steps at most.
+    A pre-launch for directions of the weight of which no length was said takes a fifth of the run, 100 steps at most.
 
     The best model so far (`load_best_model_at_end`, early stopping) is forgotten at a transition, which is logged with
     the loss before and after it: a checkpoint from before is the plain LoRA of the pre-launch.

@@ -1,8 +1,8 @@
 """The leading singular directions of the gradient of every frozen weight, by sketches, in two passes over the batches.
 
 No gradient is formed, and no weight is looked at: only what passes a layer by, its input and its output's gradient. So
-it works on weights that are quantized, sharded, both at once, or offloaded. What is kept is p columns a layer and
-side, and all layers are done in the same two passes (`peft_tsd.directions.sketch`).
+it works on weights that are quantized, sharded, or both at once. What is kept is p columns a layer and side, and all
+layers are done in the same two passes (`peft_tsd.directions.sketch`).
 """
 
 from __future__ import annotations

@@ -264,8 +264,8 @@ def _check_prelaunch_steps(value: Any) -> None:
     if value in (None, "auto") or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
         return
     raise ValueError(
-        "prelaunch_steps must be the number of optimizer steps of plain LoRA, None for a fifth of the run, 0 for "
-        f"directions from gradients, or 'auto'; got {value!r}."
+        "prelaunch_steps must be the number of optimizer steps of plain LoRA, 0 for none, 'auto', or None for what "
+        f"suits the directions; got {value!r}."
     )
 
 
