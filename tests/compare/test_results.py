@@ -8,10 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_tsd.compare.plan import Cell
-from peft_tsd.compare.report import finding
 from peft_tsd.compare.results import CURVE_POINTS, failed_row, interval, summarize
 from peft_tsd.compare.tables import differences as by_task
-from peft_tsd.compare.tables import markdown, table
+from peft_tsd.compare.tables import finding, markdown, table
 from support.comparisons import row
 
 # Student's t with two and four degrees of freedom at 97.5 %.
@@ -129,6 +128,18 @@ def test_the_table_and_the_finding():
         "Better than LoRA of the same rank: dora r4 (+10.1); worse than LoRA of the same rank: pissa r4"
     )
     assert text.endswith("the other 1 not distinguishable from LoRA with these seeds.")
+
+
+def test_one_seed_tests_nothing_and_its_held_out_loss_is_said():
+    rows = [
+        row("lora", 0, 0.5, held_out=0.5),
+        row("lora-tsd", 0, 0.6, held_out=0.45),
+        row("dora", 0, 0.4, held_out=0.6),
+    ]
+    nothing = "There is nothing to test: that takes LoRA, another method of its rank, and two seeds that differ."
+    seen = "Held-out loss: lora-tsd r4 0.450, 10.0 % below LoRA's; dora r4 0.600, 20.0 % above LoRA's."
+    assert finding(summarize(rows)) == f"{nothing} {seen}"
+    assert finding(summarize(rows[:1])) == nothing
 
 
 def test_markdown_cells_line_up():

@@ -14,9 +14,7 @@ from ..pages.shell import assemble
 from .grid import Grid, by_task, grids
 from .plan import LEARNING_RATE, METHODS, MORE_METHODS, Group, Plan
 from .results import Interval, Summary, by_group, group_of
-from .tables import cells, differences, grid_tables, held_out, legend
-
-SIGNIFICANT = 0.05
+from .tables import cells, differences, finding, grid_tables, held_out, legend
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; a method has one, and a rank a kind of line.
 _COLOURS = ("#7f7f7f", "#000000", "#0072b2", "#56b4e9", "#cc79a7", "#b8860b", "#d55e00", "#009e73", "#9b30c9")
@@ -79,25 +77,6 @@ def render(
         data=_charts(plan, rows, tuned, summaries),
         scripts=(get_plotlyjs(), (page / "page.js").read_text("utf-8")),
     )
-
-
-def finding(summaries: Sequence[Summary]) -> str:
-    """What the paired tests say, in words, the losing cases too."""
-    tested = [(s, s.against_lora) for s in summaries if s.against_lora and s.against_lora.adjusted_p is not None]
-    if not tested:
-        return "There is nothing to test: that takes LoRA, another method of its rank, and two seeds that differ."
-    clear = [(s, a) for s, a in tested if a.adjusted_p is not None and a.adjusted_p < SIGNIFICANT]
-    parts = []
-    for word, sign in (("better", 1), ("worse", -1)):
-        found = [(s, a) for s, a in clear if a.difference.mean * sign > 0]
-        if found:
-            listed = ", ".join(f"{s.group.label} ({100 * a.difference.mean:+.1f})" for s, a in found)
-            parts.append(f"{word} than LoRA of the same rank: {listed}")
-    rest = len(tested) - len(clear)
-    if rest:
-        parts.append(f"{'all' if not clear else 'the other'} {rest} not distinguishable from LoRA with these seeds")
-    text = "; ".join(parts)
-    return text[0].upper() + text[1:] + "."
 
 
 def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -9,6 +9,8 @@ from .grid import Grid, by_task, grids, loss_table, steps_table
 from .plan import Plan
 from .results import HeldOut, Interval, Paired, Summary
 
+SIGNIFICANT = 0.05
+
 
 def document(
     plan: Plan,
@@ -27,11 +29,40 @@ def document(
         parts.append(GRID_LEGEND)
     if found := differences(summaries):
         parts.append(markdown(*found))
+    parts.append(finding(summaries))
     if failed := [row for row in rows if row["status"] == "failed"]:
         parts.append("\n".join(f"Failed: {row['method']} (seed {row['seed']}): {row['error']}" for row in failed))
     if command:
         parts.append(f"```sh\n{command}\n```")
     return "\n\n".join(parts) + "\n"
+
+
+def finding(summaries: Sequence[Summary]) -> str:
+    """What the paired tests say, in words, the losing cases too."""
+    tested = [(s, s.against_lora) for s in summaries if s.against_lora and s.against_lora.adjusted_p is not None]
+    if not tested:
+        nothing = "There is nothing to test: that takes LoRA, another method of its rank, and two seeds that differ."
+        seen = [_beside_lora(s.group.label, s.held_out) for s in summaries if s.held_out and s.held_out.against_lora]
+        return f"{nothing} Held-out loss: {'; '.join(seen)}." if seen else nothing
+    clear = [(s, a) for s, a in tested if a.adjusted_p is not None and a.adjusted_p < SIGNIFICANT]
+    parts = []
+    for word, sign in (("better", 1), ("worse", -1)):
+        found = [(s, a) for s, a in clear if a.difference.mean * sign > 0]
+        if found:
+            listed = ", ".join(f"{s.group.label} ({100 * a.difference.mean:+.1f})" for s, a in found)
+            parts.append(f"{word} than LoRA of the same rank: {listed}")
+    rest = len(tested) - len(clear)
+    if rest:
+        parts.append(f"{'all' if not clear else 'the other'} {rest} not distinguishable from LoRA with these seeds")
+    text = "; ".join(parts)
+    return text[0].upper() + text[1:] + "."
+
+
+def _beside_lora(label: str, own: HeldOut) -> str:
+    assert own.against_lora is not None
+    loss, difference = own.loss.mean, own.against_lora.difference.mean
+    share = difference / (loss - difference) if loss != difference else 0.0
+    return f"{label} {loss:.3f}, {100 * abs(share):.1f} % {'below' if share < 0 else 'above'} LoRA's"
 
 
 def table(summaries: Sequence[Summary]) -> str:
