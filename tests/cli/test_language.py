@@ -15,6 +15,7 @@ from peft_tsd.export.ranks import served_rank
 from peft_tsd.language.counting import check_recipe_model
 from peft_tsd.language.recipe import load_recipe
 from peft_tsd.language.tasks.commonsense import from_boolq
+from peft_tsd.recipes.methods import METHODS
 from peft_tsd.recipes.reading import shipped_recipes
 from support import text_models
 
@@ -237,6 +238,24 @@ def test_scalars_that_a_budget_leaves_unused_are_counted_apart():
         for budget in ("layer", "global")
     )
     assert spread == {**plain, "unused Δσ": 3 * plain["Δσ"]}
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.trains == "adapter"])
+def test_what_each_method_trains_is_counted(method):
+    parts = check_recipe_model(load_recipe("minilm-syllogism", [f"method={method}"]))
+    what = method.removesuffix("-dash") if method.removesuffix("-dash") in ("loha", "vera", "oft") else "LoRA"
+    has_scalars = method in ("lora-dash", "lora-tsd") or (method.endswith("-dash"))
+    assert list(parts) == [what, *(["Δσ"] if has_scalars else []), "head"]
+    assert parts["head"] == 2 * (384 + 1)
+    if has_scalars:
+        assert parts["Δσ"] == (6 * 6 + 1) * 8  # the pooler is a layer called dense too
+
+
+def test_what_is_no_adapter_is_counted_whole_or_not_at_all():
+    assert check_recipe_model(load_recipe("minilm-syllogism", ["method=base"])) == {"nothing": 0}
+    [(name, whole)] = check_recipe_model(load_recipe("minilm-syllogism", ["method=full"])).items()
+    assert name == "model"
+    assert 22e6 < whole < 24e6
 
 
 @pytest.mark.long
