@@ -26,6 +26,9 @@ def test_the_committed_page_and_figures_are_those_of_the_committed_rows(tmp_path
     assert made == committed, "run: python benchmarks/results.py"
 
 
+TASKS = ("family", "spell", "words")
+
+
 def rows_of(file, section):
     """The committed rows that a section of the page shows."""
     content = json.loads((results.ROWS / f"{file}.json").read_text("utf-8"))
@@ -34,21 +37,28 @@ def rows_of(file, section):
 
 
 def test_the_readme_says_what_the_committed_rows_say():
-    ours = [grid for grid in grids(rows_of("smollm2", "smollm2")) if grid.group.variant == "gradient-tsd"]
+    rows = rows_of("smollm2", "smollm2")
+    ours = [grid for grid in grids(rows) if grid.group.variant == "gradient-tsd"]
     readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
 
     def least_and_most(numbers, digits):
         return f"{min(numbers):.{digits}f} to {max(numbers):.{digits}f}"
 
     means = least_and_most([-100 * grid.mean_against_lora.relative.mean for grid in ours], 0)
-    assert f"is {means} % below LoRA's" in readme
+    assert f"is {means} % below LoRA's, on each task with p < 0.05" in readme
+    assert all(grid.mean_against_lora.paired.adjusted_p < 0.05 for grid in ours)
+    words = {2: "two", 3: "three", 4: "four", 5: "five"}
+    seeds = [min(len({r["seed"] for r in rows if r["task"] == grid.task and r["variant"] == "gradient-tsd"
+                      and r["learning_rate"] == at.rate}) for at in grid.rates) for grid in ours]  # fmt: skip
+    assert f"({words[min(seeds)]} to {words[max(seeds)]} seeds) its mean held-out loss" in readme
     steps = [least_and_most([grid.rates[at].steps.mean for grid in ours], 2) for at in (0, 1)]
     assert [grid.rates[at].rate for grid in ours for at in (0, 1)] == [3e-4, 1e-3] * len(ours)
     assert f"after {steps[0]} of the steps at 3e-4, and after {steps[1]} at 1e-3" in readme
-    ahead = min((grid.best_against_lora.relative for grid in ours), key=lambda relative: relative.mean)
+    test, ahead = min((grid.best_against_lora for grid in ours), key=lambda against: against.relative.mean)
     assert f"ahead by {-100 * ahead.mean:.0f} % on one task" in readme
     least, most = (-100 * (ahead.mean + sign * ahead.half) for sign in (1, -1))
-    assert f"(95 %: {least:.0f} to {most:.0f}) and level on the other two" in readme
+    tested = f"p {test.p:.2f}, and {test.adjusted_p:.2f} adjusted for the number of tests"
+    assert f"(95 %: {least:.0f} to {most:.0f}; {tested}) and level on the other two" in readme
     others = [grid.best_against_lora.relative for grid in ours if grid.best_against_lora.relative is not ahead]
     assert all(abs(relative.mean) < relative.half for relative in others)
     assert abs(ahead.mean) > ahead.half
@@ -56,9 +66,14 @@ def test_the_readme_says_what_the_committed_rows_say():
 
 def test_what_the_readme_says_of_a_larger_alpha_and_of_a_fresh_head_is_what_the_rows_say():
     readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
-    assert "LoRA with four times the α gains less over the rates" in readme
+    assert "LoRA with four times the α (two tasks, one seed each) gains less over the rates" in readme
     assert "and at its best rate less on one task and more on another" in readme
-    found = {(grid.task, grid.group.variant): grid for grid in grids(rows_of("smollm2", "smollm2"))}
+    rows = rows_of("smollm2", "smollm2")
+    seeds = {task: {r["seed"] for r in rows if (r["task"], r["variant"]) == (task, "lora-alpha32")} for task in TASKS}
+    assert [len(own) for own in seeds.values()] == [0, 1, 1]
+    found = {
+        (grid.task, grid.group.variant): grid for grid in grids([r for r in rows if r["seed"] in seeds[r["task"]]])
+    }
     theirs = {task: grid for (task, variant), grid in found.items() if variant == "lora-alpha32"}
     own = {task: found[task, "gradient-tsd"] for task in theirs}
     for task, grid in theirs.items():
