@@ -180,6 +180,17 @@ def test_zero(tmp_path, engine):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+@needs_deepspeed
+def test_directions_of_the_gradient_with_zero_are_those_of_one_process(tmp_path, engine):
+    (result,) = train(2, spec_of(tmp_path, "torch", engine, changes=SKETCHED))
+    assert result["kind"] == ("split" if engine == "zero3" else "Tensor")
+    expected = alone(**SKETCHED)
+    assert_same(result, expected)
+    assert_same_spaces(result, expected)
+
+
+@pytest.mark.long
 def test_accelerate(tmp_path):
     assert_same(*train(2, spec_of(tmp_path, "accelerate", "ddp")), alone())
 

@@ -173,8 +173,14 @@ def in_own_loop(spec, model) -> list[float]:
         import deepspeed
 
         stage = {"stage": int(spec["engine"][-1]), "stage3_param_persistence_threshold": 0}
+        # It clips gradients by itself, which no other loop does.
         settings = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
-        config = {"train_micro_batch_size_per_gpu": share, "zero_optimization": stage, **settings}
+        config = {
+            "train_micro_batch_size_per_gpu": share,
+            "zero_optimization": stage,
+            "gradient_clipping": 0,
+            **settings,
+        }
         wrapped, optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     elif spec["loop"] == "accelerate":
         accelerator = Accelerator(cpu=True)
