@@ -3,11 +3,11 @@
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from peft import PeftModel, get_peft_model
+from peft import LoHaConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 from transformers.trainer_callback import TrainerState
 
-from peft_tsd import TsdCallback, TsdConfig, advance, identify_from_gradients
+from peft_tsd import DashConfig, TsdCallback, TsdConfig, advance, identify_from_gradients
 from peft_tsd.tuner.phase import adapted_layers
 from support import tiny
 from support.gradients import BATCHES
@@ -106,12 +106,13 @@ def test_an_adapter_that_is_put_away_is_not_trained():
         TsdCallback(batches=BATCHES).on_train_begin(None, TrainerState(max_steps=9), None, model=model)
 
 
-def test_an_adapter_on_a_model_without_numbers_says_so():
+def test_an_adapter_without_numbers_says_so():
     with torch.device("meta"):
-        base = tiny.llama()
-    model = adapted(base)
-    with pytest.raises(ValueError, match="The adapter is on the meta device, which holds no numbers: make it on"):
-        identify_from_gradients(model, BATCHES)
+        nowhere = adapted(tiny.llama())
+    beside = DashConfig(peft=LoHaConfig(r=2, target_modules=tiny.LLAMA_TARGETS))  # PEFT's, which stays beside its base
+    for model in (nowhere, get_peft_model(cpu_offload(tiny.llama(), execution_device=CPU), beside)):
+        with pytest.raises(ValueError, match="The adapter is on the meta device, which holds no numbers: make it on"):
+            identify_from_gradients(model, BATCHES)
 
 
 @pytest.mark.parametrize("kind", OFFLOADS)

@@ -194,8 +194,7 @@ class FixedDirections(nn.Module):
         """
         if self.identified_at.is_meta:
             raise ValueError(
-                "The adapter is on the meta device, which holds no numbers: make it on a base model that has some, in "
-                "memory or put away by Accelerate."
+                "The adapter is on the meta device, which holds no numbers: make it on a base model that is in memory."
             )
         return bool(self.identified_at >= 0)
 
