@@ -26,6 +26,7 @@ needs_deepspeed = pytest.mark.skipif(
 )
 GRADIENTS = {"prelaunch_steps": 0, "dash_unit": "sigma", "direction_budget": "global"}
 SKETCHED = {"prelaunch_steps": 0, "direction_source": "gradient"}
+EXPERTS = {**SKETCHED, "target_modules": ["experts.0", "experts.1", "head"]}
 AUTO = {"prelaunch_steps": "auto", "prelaunch_min": 2, "prelaunch_max": 5, "settled_agreement": 0.99}
 
 
@@ -61,9 +62,10 @@ def train(processes: int, *specs: dict) -> list[dict]:
     return results
 
 
-def alone(method: str = "lora-tsd", **changes) -> dict:
+def alone(method: str = "lora-tsd", *, more: dict | None = None, **changes) -> dict:
     """What one process does, with all rows of each batch."""
-    return in_processes.trained({"loop": "torch", "engine": "none", "method": method, "steps": 6, "changes": changes})
+    spec = {"loop": "torch", "engine": "none", "method": method, "steps": 6, "changes": changes}
+    return in_processes.trained({**spec, **(more or {})})
 
 
 def assert_same(result: dict, other: dict, *, steps: int | None = None) -> None:
@@ -74,23 +76,26 @@ def assert_same(result: dict, other: dict, *, steps: int | None = None) -> None:
 
 def test_two_processes(tmp_path):
     cases = [
-        ("ddp", "lora-tsd", {}),
-        ("ddp", "lora-init", {"init_reading": "orthonormal"}),
-        ("ddp", "lora-dash", {"init_lora_weights": "pissa"}),
-        ("fsdp2", "lora-dash", GRADIENTS),
-        ("fsdp2", "lora-tsd", AUTO),
-        ("fsdp2", "lora-tsd", SKETCHED),
+        ("ddp", "lora-tsd", {}, {}),
+        ("ddp", "lora-init", {"init_reading": "orthonormal"}, {}),
+        ("ddp", "lora-dash", {"init_lora_weights": "pissa"}, {}),
+        ("fsdp2", "lora-dash", GRADIENTS, {}),
+        ("fsdp2", "lora-tsd", AUTO, {}),
+        ("fsdp2", "lora-tsd", SKETCHED, {}),
+        # All tokens of the first expert are in one process, and all of the second's in the other.
+        ("none", "lora-tsd", EXPERTS, {"experts": True, "steps": 0}),
     ]
     specs = []
-    for number, (engine, method, changes) in enumerate(cases):
+    for number, (engine, method, changes, more) in enumerate(cases):
         result = str(tmp_path / f"{number}.json")
-        specs.append(spec_of(tmp_path, "torch", engine, method, changes=changes, result=result))
-    for (engine, method, changes), result in zip(cases, train(2, *specs), strict=True):
+        specs.append(spec_of(tmp_path, "torch", engine, method, changes=changes, result=result, **more))
+    for (engine, method, changes, more), result in zip(cases, train(2, *specs), strict=True):
         assert result["kind"] == ("DTensor" if engine == "fsdp2" else "Tensor")
-        expected = alone(method, **changes)
+        expected = alone(method, more=more, **changes)
         assert_same(result, expected)
-        if changes is SKETCHED:  # whose indices and rates say nothing of where they point
+        if changes.get("direction_source") == "gradient":  # whose indices and rates say nothing of where they point
             assert_same_spaces(result, expected)
+            assert all(found[0] for found in result["found"].values()), "a layer has no directions"
 
 
 @pytest.mark.long
@@ -103,8 +108,9 @@ def test_two_forward_passes_before_a_backward_pass(tmp_path):
 
 
 def assert_same_spaces(result: dict, other: dict) -> None:
-    """The leading directions of every layer span the same spaces, on both sides of the weight."""
+    """The leading directions of every layer span the same spaces, on both sides of the weight, and σ is the same."""
     for name, spaces in result["spaces"].items():
+        assert result["sigma"][name] == pytest.approx(other["sigma"][name], rel=1e-3), name
         for mine, theirs in zip(spaces, other["spaces"][name], strict=True):
             mine, theirs = torch.tensor(mine).double(), torch.tensor(theirs).double()
             outside = mine - theirs @ (theirs.mT @ mine)
@@ -171,6 +177,17 @@ def test_zero(tmp_path, engine):
         assert result["kind"] == ("split" if engine == "zero3" else "Tensor")
         # LoRA-TSD counts the steps of Δσ anew too, so that it moves otherwise from there on.
         assert_same(result, alone(method), steps=3 if method == "lora-tsd" else None)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+@needs_deepspeed
+def test_directions_of_the_gradient_with_zero_are_those_of_one_process(tmp_path, engine):
+    (result,) = train(2, spec_of(tmp_path, "torch", engine, changes=SKETCHED))
+    assert result["kind"] == ("split" if engine == "zero3" else "Tensor")
+    expected = alone(**SKETCHED)
+    assert_same(result, expected)
+    assert_same_spaces(result, expected)
 
 
 @pytest.mark.long

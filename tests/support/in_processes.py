@@ -10,12 +10,15 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import LoHaConfig, get_peft_model
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -35,6 +38,31 @@ LOHA = DashConfig(peft=LoHaConfig(r=2, target_modules=tiny.LLAMA_TARGETS), prela
 
 def rows() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row} for row in tiny.tokens(64, 9, seed=3)]
+
+
+class Experts(nn.Module):
+    """Of every batch, the first half of the rows is the first expert's, and the others are the second's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(64, 24)
+        self.experts = nn.ModuleList(nn.Linear(24, 24) for _ in range(2))
+        self.head = nn.Linear(24, 64)
+
+    @staticmethod
+    def rows() -> list[dict[str, torch.Tensor]]:
+        data = rows()
+        for i, row in enumerate(data):
+            row["expert"] = torch.tensor(i % GLOBAL_BATCH * 2 // GLOBAL_BATCH)
+        return data
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, expert: torch.Tensor) -> SimpleNamespace:
+        hidden = self.embed(input_ids)
+        parts = [(expert == i, module) for i, module in enumerate(self.experts)]
+        logits = torch.cat([self.head(module(hidden[mine])) for mine, module in parts if mine.any()])
+        labels = torch.cat([labels[mine] for mine, _ in parts])
+        return SimpleNamespace(loss=F.cross_entropy(logits.flatten(0, 1), labels.flatten()))
 
 
 class Fails(TrainerCallback):
@@ -130,7 +158,7 @@ def tokenizer():
 def in_own_loop(spec, model) -> list[float]:
     """A loop of one's own: bare torch, or Accelerate's with `loop: accelerate`."""
     rank, size = world()
-    data = rows()
+    data = Experts.rows() if spec.get("experts") else rows()
     share = GLOBAL_BATCH // size
     wrapped = model
     if spec["engine"] == "ddp" and spec["loop"] == "torch":
@@ -145,8 +173,14 @@ def in_own_loop(spec, model) -> list[float]:
         import deepspeed
 
         stage = {"stage": int(spec["engine"][-1]), "stage3_param_persistence_threshold": 0}
+        # It clips gradients by itself, which no other loop does.
         settings = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
-        config = {"train_micro_batch_size_per_gpu": share, "zero_optimization": stage, **settings}
+        config = {
+            "train_micro_batch_size_per_gpu": share,
+            "zero_optimization": stage,
+            "gradient_clipping": 0,
+            **settings,
+        }
         wrapped, optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     elif spec["loop"] == "accelerate":
         accelerator = Accelerator(cpu=True)
@@ -205,7 +239,8 @@ def world_size() -> int:
 def trained(spec) -> dict:
     """What a run ends with, but for the digests of the other processes."""
     config = tiny.config(spec["method"], **spec["changes"]) if spec["method"] != "loha" else LOHA
-    model = get_peft_model(four_bits(tiny.llama()) if spec.get("four_bits") else tiny.llama(), config)
+    base = Experts() if spec.get("experts") else tiny.llama()
+    model = get_peft_model(four_bits(base) if spec.get("four_bits") else base, config)
     if spec.get("apart") == int(os.environ.get("RANK", 0)):  # loaded in another process alone
         next(module for module in model.modules() if isinstance(module, FixedDirections)).step += 1
     losses = (in_trainer if spec["loop"] in ("trainer", "trl") else in_own_loop)(spec, model)
@@ -222,6 +257,7 @@ def trained(spec) -> dict:
         "found": directions.of(model),
         # Of each layer, U and V of the first two: their order and signs are free, the spaces that they span are not.
         "spaces": {name: [one.u[:, :2].tolist(), one.v[:, :2].tolist()] for name, one in found.items()},
+        "sigma": {name: one.sigma.tolist() for name, one in found.items()},
         "digests": [digest.hexdigest()],
         "kind": "split" if hasattr(first, "ds_tensor") else type(first.data).__name__,
         "held": [type(buffer).__name__ for buffer in fixed.buffers()],

@@ -364,12 +364,18 @@ class DirectedLayer(_Mixin):
         """Refuse a layer whose weight cannot be read, or that has lost its shape, without a look at its numbers.
 
         Raises:
-            ValueError: An adapter is merged into it; its weight is flattened, or not in memory where it would be read.
+            ValueError: An adapter is merged into it; its weight is flattened, or not in memory where it would be read;
+                or the adapter is not.
         """
         self.check_unmerged()
         if self.reads_weight(adapter) and self.weight_device.type == "meta":
             raise ValueError(
                 "its base weight is offloaded (on the meta device); keep the weights of adapted layers in memory."
+            )
+        if self.stepped(adapter).is_meta or self.fixed(adapter).step.is_meta:
+            raise ValueError(
+                "its adapter is offloaded (on the meta device), where nothing trains; offload the base model, if it "
+                "must be, before the adapter is made."
             )
         weight = getattr(self.get_base_layer(), "weight", None)
         if weight is not None and len(shape_of(weight)) < 2:

@@ -187,7 +187,15 @@ class FixedDirections(nn.Module):
 
     @property
     def identified(self) -> bool:
-        """Whether the transition has been made: pre-launch is over."""
+        """Whether the transition has been made: pre-launch is over.
+
+        Raises:
+            ValueError: There are no numbers to tell by.
+        """
+        if self.identified_at.is_meta:
+            raise ValueError(
+                "The adapter is on the meta device, which holds no numbers: make it on a base model that is in memory."
+            )
         return bool(self.identified_at >= 0)
 
     def alike(self) -> list[str]:
@@ -245,6 +253,9 @@ class FixedDirections(nn.Module):
             value = state_dict.get(prefix + name)
             if isinstance(value, DTensor):
                 state_dict[prefix + name] = value = whole(value).to(value.device_mesh.device_type)
+            if isinstance(value, Tensor) and buffer is not None and buffer.is_meta and not value.is_meta:
+                # Beside a weight on disk. PEFT writes parameters there, for Accelerate to find, and no buffers.
+                self._buffers[name] = buffer = torch.empty_like(buffer, device=value.device)
             if isinstance(value, Tensor) and buffer is not None and value.dtype != buffer.dtype == torch.int64:
                 # An average of state dicts. Of adapters with the same directions it is theirs, up to rounding.
                 state_dict[prefix + name] = value.round().to(torch.int64)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..directions.change import LowRank, check_matrix
 from ..directions.definitions import TaskSpecificDirections
 from ..distributed.sharded import assign, is_sharded, shape_of, whole
+from ..models.offloaded import brought_in, computes_on
 from .config import TsdConfig
 from .directed import LAYERS, DirectedLayer, Identified
 from .held import DashScalars, FixedDirections, sent_by_accelerate
@@ -95,6 +96,10 @@ class TsdLayer(DirectedLayer, LoraLayer):
         if config.subtracts_init:
             self._let_learn(adapter_name)
             self._fix_start(adapter_name)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # Beside an offloaded weight PEFT leaves an adapter without numbers, which no optimizer could train.
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device or computes_on(self.get_base_layer()))
 
     def carries(self, adapter: str) -> bool:
         return adapter in self.lora_A
@@ -192,6 +197,14 @@ class TsdLayer(DirectedLayer, LoraLayer):
         return result
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not torch.compiler.is_compiling() and any(a.weight.is_meta for a in self.lora_A.values()):
+            # Accelerate brings in what is called, and A and B are not.
+            parts = (self.lora_A, self.lora_B, self.lora_dash, self.lora_directions)
+            with brought_in(one for part in parts for one in part.values()):
+                return self._forward(x, *args, **kwargs)
+        return self._forward(x, *args, **kwargs)
+
+    def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._check_forward_args(x, *args, **kwargs)
         adapter_names = kwargs.pop("adapter_names", None)
         if self.merged and self.disable_adapters:
@@ -338,11 +351,11 @@ class TsdLayer(DirectedLayer, LoraLayer):
             fixed.b0.copy_(whole(self.lora_B[adapter].weight).flatten(1))
 
     def check_identifiable(self, adapter: str) -> None:
+        super().check_identifiable(adapter)
         if not is_sharded(self):
             b, a, _ = self.learned_change(adapter)
             for name, matrix in (("LoRA's B", b), ("LoRA's A", a)):
                 check_matrix(matrix, name)
-        super().check_identifiable(adapter)
 
 
 @contextmanager

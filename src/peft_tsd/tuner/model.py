@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..distributed.replicas import leave_out_of_ddp
 from ..files.adapters import plain_name
+from ..models.offloaded import computes_on
 from ..models.packed import keep_as_stored
 from ..models.wrapped import check_saveable
 from .config import TsdConfig
@@ -201,6 +202,12 @@ class TsdModel(DirectedModel, LoraModel):
         if "current_key" in kwargs:  # what patterns of ranks are matched with
             kwargs["current_key"] = plain_name(kwargs["current_key"])
         super()._create_and_replace(lora_config, adapter_name, target, *args, **kwargs)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(new_module, TsdLayer) and computes_on(new_module.get_base_layer()) is not None:
+            setattr(parent, child_name, new_module)  # PEFT would move it to where the base weight is, which is nowhere
+            return
+        super()._replace_module(parent, child_name, new_module, child)
 
     @classmethod
     def _get_adapter_state_dict(
