@@ -80,7 +80,8 @@ def gradient_triples(
         pass_by(model, layers, batches, loss, add)
         for name in _reached_anywhere(layers, sketches):
             # Of an expert all of whose tokens are in another process, this one has nothing to add.
-            sketch = sketch_of(name, torch.empty(0, device=layers[name].weight_device))
+            place = layers[name].stepped(adapter).device
+            sketch = sketch_of(name, torch.empty(0, dtype=layers[name].weight_dtype, device=place))
             if world()[1] > 1:
                 torch.distributed.all_reduce(sketch.sums)
             if is_first:
