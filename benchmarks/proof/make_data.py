@@ -1,15 +1,20 @@
 """The rows of the proof: three tasks of reasoning-gym that a small model can learn in a minute, with short rows.
 
     python benchmarks/proof/make_data.py
+    python benchmarks/proof/make_data.py FOLDER/train.json    # of LLM-Adapters' math data, which are not committed
 
 Writes `spell.json`, `words.json` and `family.json` and their `…-test.json` beside this file, the same ones each time
-(reasoning-gym of constraints.txt). No question occurs twice, in training or between the two.
+(reasoning-gym of constraints.txt); or `math.json` and `math-test.json`, of worked solutions that are short. No
+question occurs twice, in training or between the two.
 """
 
 from __future__ import annotations
 
 import json
+import random
+import sys
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,9 @@ HERE = Path(__file__).parent
 
 TRAIN, TEST = 700, 100
 """Rows. A run of 60 steps of 8 sees 480, and 100 more are held out to choose its learning rate."""
+
+SHORT = 320
+"""Characters of a question and its worked solution, at most."""
 
 Row = dict[str, str]
 
@@ -55,13 +63,28 @@ def rows(task: str) -> Iterator[Row]:
             yield row
 
 
+def solutions(path: Path) -> Iterator[Row]:
+    """Different questions with a short worked solution, in a fixed random order: neighbours are variants of one."""
+    given = json.loads(path.read_text(encoding="utf-8"))
+    found = {row["instruction"].strip(): row["output"].strip() for row in given}
+    short = [(q, a) for q, a in found.items() if a and len(q) + len(a) <= SHORT]
+    random.Random(17).shuffle(short)
+    return ({"question": question, "answer": answer} for question, answer in short)
+
+
+def write(task: str, found: list[Row]) -> None:
+    assert len(found) == TRAIN + TEST, f"{task}: {len(found)} different questions"
+    for name, part in ((f"{task}-test", found[:TEST]), (task, found[TEST:])):
+        lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in part)
+        (HERE / f"{name}.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
 def main() -> None:
+    if len(sys.argv) > 1:
+        write("math", list(islice(solutions(Path(sys.argv[1])), TRAIN + TEST)))
+        return
     for task in TASKS:
-        found = list(rows(task))[: TRAIN + TEST]
-        assert len(found) == TRAIN + TEST, f"{task}: {len(found)} different questions"
-        for name, part in ((f"{task}-test", found[:TEST]), (task, found[TEST:])):
-            lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in part)
-            (HERE / f"{name}.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        write(task, list(rows(task))[: TRAIN + TEST])
 
 
 if __name__ == "__main__":
