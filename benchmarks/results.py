@@ -7,7 +7,7 @@ A file of rows, benchmarks/results/NAME.json, has one row a run: its task, varia
 held-out and validation rows, its evaluations, metric, times, and on which setup it ran. Beside them what the runs have
 in common, what each variant is, and the page's sections, which are written by hand and kept: of each a name (of its
 figures), a title, a text, and, where it does not show all, which "variants", "tasks", "ranks", "rates" and "seeds" it
-shows; and "targets", where there are some, the variant and rank that they are of. Rows of a run that was collected
+shows; and "targets", where it begins with what was asked of a variant, its name. Rows of a run that was collected
 before are replaced; rows of other settings are refused.
 """
 
@@ -25,7 +25,6 @@ from peft_tsd.compare.plan import LEARNING_RATE
 from peft_tsd.recipes.methods import METHODS
 from results_figures import draw
 from results_tables import section
-from results_targets import targets
 
 ROOT = Path(__file__).parent.parent
 
@@ -164,7 +163,7 @@ def shown(content: Row, section: Row) -> Row:
     ]
     return {
         **content,
-        **{key: section[key] for key in ("title", "about")},
+        **{key: section.get(key) for key in ("title", "about", "targets")},
         "variants": {name: content["variants"][name] for name in names},
         "rows": sorted(rows, key=lambda row: (str(row["task"]), order[_name(row)])),
     }
@@ -185,8 +184,6 @@ def write(rows: Path = ROWS, page: Path = PAGE, figures: Path = FIGURES) -> None
     figures.mkdir(exist_ok=True)
     for path in sorted(rows.glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
-        if "targets" in content:
-            sections.append(targets(content["rows"], **content["targets"]))
         for one in content["sections"]:
             part = shown(content, one)
             drawn = draw(part["rows"], figures, one["name"])

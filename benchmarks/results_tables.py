@@ -10,6 +10,7 @@ from peft_tsd.compare.grid import Cells, by_task, grids, rate_text
 from peft_tsd.compare.plan import LEARNING_RATE
 from peft_tsd.compare.results import group_of, interval
 from peft_tsd.compare.tables import GRID_LEGEND, grid_tables, markdown
+from results_targets import targets
 
 Row = Mapping[str, Any]
 
@@ -18,6 +19,8 @@ def section(content: Mapping[str, Any], name: str, figures: Sequence[str]) -> st
     """One file of rows: what was done, its figures, and its tables, task by task."""
     rows = content["rows"]
     parts = [f"## {content['title']}", *([content["about"]] if content["about"] else [])]
+    if content["targets"]:
+        parts.append(targets(rows, content["targets"]))
     if content["recipe"]:
         parts.append("```sh\n" + "\n".join(_commands(content["recipe"], rows)) + "\n```")
     parts.append(_done(content, name))

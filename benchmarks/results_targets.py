@@ -1,4 +1,4 @@
-"""What was asked of the default before it was measured, and what was found: the first table of docs/results.md.
+"""What was asked of the default before it was measured, and what was found: a table of docs/results.md.
 
 Of one variant against LoRA, and PEFT's LoRA-GA, at the same rank; see results.py.
 """
@@ -19,15 +19,14 @@ CUSTOMARY = (2e-4, 1e-3)
 """Learning rates that LoRA is customarily trained at."""
 
 
-def targets(rows: Sequence[Row], variant: str, rank: int) -> str:
-    """The table of targets for a variant at a rank, task by task.
+def targets(rows: Sequence[Row], variant: str) -> str:
+    """The table of targets for a variant, task by task.
 
     Args:
-        rows: Of a file of rows, of which those of LoRA, LoRA-GA and the variant at the rank are looked at.
+        rows: Of a section, all of one rank; those of LoRA, LoRA-GA and the variant are looked at.
         variant: Its name.
-        rank: r.
     """
-    shown = [row for row in rows if row["rank"] == rank and row["variant"] in ("lora", variant, "lora-ga")]
+    shown = [row for row in rows if row["variant"] in ("lora", variant, "lora-ga")]
     measured = {row["variation"][LEARNING_RATE] for row in shown if row["variant"] == "lora-ga"}
     found = [grid for grid in grids([r for r in shown if r["variant"] != "lora-ga"]) if grid.group.variant == variant]
     common = [row for row in shown if row["variation"][LEARNING_RATE] in measured]
@@ -42,7 +41,7 @@ def targets(rows: Sequence[Row], variant: str, rank: int) -> str:
         _memory_line(common, variant),
     ]  # fmt: skip
     tasks = list(by_task(found))
-    title = f"## What was asked of `{variant}`, and what was found"
+    title = f"### What was asked of `{variant}`, and what was found"
     return f"{title}\n\n{markdown(['asked', *map(str, tasks), 'met'], lines)}"
 
 
