@@ -71,7 +71,7 @@ def test_what_the_best_and_the_given_directions_hold(shape, low_rank):
     weight = torch.randn(*shape)
     factors = (torch.randn(shape[0], 4), torch.randn(4, shape[1]), -0.5)
     dense = (factors[2] * factors[0] @ factors[1] if low_rank else torch.randn(*shape)).double()
-    u, v = (torch.linalg.qr(torch.randn(size, 3)).Q for size in shape)
+    u, v = (torch.linalg.qr(torch.randn(size, 5)).Q for size in shape)  # of which as many count as of the others
     found = measure("w", weight, factors if low_rank else dense.float(), num_directions=3, gradient=(u, v))
     energies = torch.linalg.svdvals(dense).square()
     assert found.best_energy == pytest.approx(float(energies[:3].sum() / energies.sum()), rel=1e-6)

@@ -40,7 +40,8 @@ def measure(
         num_directions: How many directions count as task-specific; a weight with fewer (k < num_directions) gives all.
         eps: ε of the change rate, in the unit of σ.
         spectrum: The factorization of `weight`, where it is there already.
-        gradient: The leading singular directions of the gradient, u (out, n) and v (in, n), where they are known.
+        gradient: The leading singular directions of the gradient, u (out, n) and v (in, n), where they are known; the
+            first `num_directions` of them count.
 
     Raises:
         TypeError, ValueError: As `peft_tsd.directions.task_specific_directions`.
@@ -52,6 +53,8 @@ def measure(
     sigma = _array(spectrum.sigma)
     rates = np.abs(coordinates) / (sigma + eps)
     directions = highest(rates, num_directions)
+    # The highest of those that are held: of no more directions than the others are.
+    leading = None if gradient is None else tuple(part[:, : len(directions)] for part in gradient)
     layer, module = place(name)
     return WeightChange(
         name=name,
@@ -66,7 +69,7 @@ def measure(
         change_norm=change_norm(delta),
         weight_norm=float(as_double(weight).norm()),
         best_energy=best_energy(delta, len(directions)),
-        gradient_energy=None if gradient is None else energy_along(delta, *gradient),
+        gradient_energy=None if leading is None else energy_along(delta, *leading),
     )
 
 

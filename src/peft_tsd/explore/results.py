@@ -59,7 +59,8 @@ class WeightChange:
         weight_norm: ‖W‖ (Frobenius).
         best_energy: The part of ‖ΔW‖² in as many leading singular directions of ΔW itself, the most that so many
             rank-one directions can hold; None where it is not known.
-        gradient_energy: The part of it along the directions of the gradient that the adapter holds; None without.
+        gradient_energy: The part of it along the leading directions of the gradient, as many, or as the adapter holds
+            where that is fewer; None without.
     """
 
     name: str
