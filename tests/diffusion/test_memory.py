@@ -10,6 +10,7 @@ from peft_tsd import TsdConfig
 from peft_tsd.cli.main import main
 from peft_tsd.diffusion.memory import Need, check_memory, step_need
 from peft_tsd.errors import RecipeError
+from peft_tsd.tuner.layer import TsdLayer
 from support import tiny_diffusion
 
 SIDE, BATCH = 32, 4
@@ -53,7 +54,11 @@ def test_activations_are_counted_on_shapes_alone(checkpointing):
     assert counted.activations == pytest.approx(held_after_forward(real), rel=0.2)
     frozen = sum(p.numel() for p in real.parameters() if not p.requires_grad)
     trained = sum(p.numel() for p in real.parameters() if p.requires_grad)
-    assert (counted.weights, counted.trained) == (4 * frozen, 16 * trained)
+    assert counted.weights == 4 * frozen
+    # max(r, s) directions and what pre-launch learned, and a few counts, in each layer.
+    layers = [layer for layer in real.modules() if isinstance(layer, TsdLayer)]
+    held = sum(4 * (8 + 4) * sum(layer.matrix_shape) for layer in layers)
+    assert held < counted.trained - 16 * trained < held + 1000 * len(layers)
 
 
 def test_too_little_memory_says_what_would_help():

@@ -24,7 +24,7 @@ class Need(NamedTuple):
     weights: int
     """Frozen weights."""
     trained: int
-    """The adapters with their gradients and Adam's two moments."""
+    """The adapters with their gradients and Adam's two moments, and the directions that they hold."""
     activations: int
     """What the backward pass needs of the forward pass, of one batch."""
 
@@ -44,7 +44,8 @@ def step_need(models: Sequence[nn.Module], forward: Callable[[], Tensor], dtype:
     parameters = [parameter for model in models for parameter in model.parameters()]
     frozen = sum(p.numel() for p in parameters if not p.requires_grad)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    return Need(frozen * dtype.itemsize, trained * 4 * 4, _saved_bytes(forward, parameters))
+    held = sum(buffer.nbytes for model in models for buffer in model.buffers())
+    return Need(frozen * dtype.itemsize, trained * 4 * 4 + held, _saved_bytes(forward, parameters))
 
 
 def _saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
