@@ -59,11 +59,11 @@ def collect(folder: Path, name: str) -> Path:
         common, own = _settings(row["recipe"])
         for known, now, what in (
             (kept["common"], common, "all runs"),
-            (kept["variants"].get(_name(row)), own, _name(row)),
+            (_at_any_rank(kept["variants"].setdefault(_name(row), own)), _at_any_rank(own), _name(row)),
         ):
             if known is not None and known != now:
                 raise ValueError(f"{folder} and {path.name} have other settings of {what}: {now} and {known}")
-        kept["common"], kept["variants"][_name(row)] = common, own
+        kept["common"] = common
         rows[_key(row)] = _compact(row, kept["setups"])
     kept["recipe"] = kept["recipe"] or _recipe_of(content["command"])
     order = list(kept["variants"])
@@ -118,6 +118,12 @@ def _settings(recipe: Row) -> tuple[Row, Row]:
     for key in ("start_batches", "report_to", "sharding", "deepspeed"):
         common["training"].pop(key, None)
     return common, own
+
+
+def _at_any_rank(own: Row) -> Row:
+    """What a variant is, with α over the rank in place of both: of every rank it is the same one."""
+    adapter = own.get("adapter", {"r": 1, "lora_alpha": 1})
+    return {**own, "adapter": {**adapter, "r": 1, "lora_alpha": adapter["lora_alpha"] / adapter["r"]}}
 
 
 def _compact(row: Row, setups: list[Row]) -> Row:

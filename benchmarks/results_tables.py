@@ -22,7 +22,7 @@ def section(content: Mapping[str, Any], name: str, figures: Sequence[str]) -> st
     if content["targets"]:
         parts.append(targets(rows, content["targets"]))
     if content["recipe"]:
-        parts.append("```sh\n" + "\n".join(_commands(content["recipe"], rows)) + "\n```")
+        parts.append("```sh\n" + "\n".join(_commands(content["recipe"], content["variants"], rows)) + "\n```")
     parts.append(_done(content, name))
     parts += [f"![{_caption(figure)}]({figure})" for figure in figures]
     parts.append(markdown(["variant", "method", "differs in"], _variants(content["variants"])))
@@ -40,7 +40,7 @@ def section(content: Mapping[str, Any], name: str, figures: Sequence[str]) -> st
     return "\n\n".join(parts)
 
 
-def _commands(recipe: str, rows: Sequence[Row]) -> list[str]:
+def _commands(recipe: str, variants: Mapping[str, Mapping[str, Any]], rows: Sequence[Row]) -> list[str]:
     """What makes the rows, in as few commands as their rates and seeds allow."""
     rates: dict[tuple[Any, ...], set[float]] = {}
     for row in rows:
@@ -50,14 +50,15 @@ def _commands(recipe: str, rows: Sequence[Row]) -> list[str]:
     for (task, rank, variant, seed), found in rates.items():
         given = ",".join(map(rate_text, sorted(found)))
         seeds.setdefault((task, rank, given, variant), []).append(str(seed))
-    variants: dict[tuple[Any, ...], list[str]] = {}
+    together: dict[tuple[Any, ...], list[str]] = {}
     for (task, rank, given, variant), numbers in seeds.items():
-        variants.setdefault((task, rank, given, ",".join(numbers)), []).append(variant)
-    several = len({rank for _, rank, _, _ in variants}) > 1
+        together.setdefault((task, rank, given, ",".join(numbers)), []).append(variant)
+    own = {variant["adapter"]["r"] for variant in variants.values() if "adapter" in variant}
+    is_own = {rank for _, rank, _, _ in together if rank is not None} <= own
     return [
         f"peft-tsd compare {recipe} --tasks {task} --variants {','.join(names)} --rates {given} --seeds {numbers}"
-        + (f" --ranks {rank}" if several else "")
-        for (task, rank, given, numbers), names in variants.items()
+        + ("" if is_own or rank is None else f" --ranks {rank}")
+        for (task, rank, given, numbers), names in together.items()
     ]
 
 

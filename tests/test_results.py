@@ -219,6 +219,19 @@ def test_rows_of_other_settings_are_refused(place):
         collect(place, longer)
 
 
+def test_a_variant_is_the_same_one_at_every_rank(place):
+    collect(place, made("lora", 0, 1e-3, 2.0))
+    eight = {**made("lora", 0, 1e-3, 1.9, alpha=16), "rank": 8}
+    eight["recipe"] = {**eight["recipe"], "adapter": {"r": 8, "lora_alpha": 16}}
+    content = collect(place, eight)
+    assert [(row["rank"], row["held_out_loss"]) for row in content["rows"]] == [(4, 2.0), (8, 1.9)]
+    assert content["variants"]["lora"]["adapter"] == {"r": 4, "lora_alpha": 8}
+    page = place / "page.md"
+    page.write_text(f"{results.BEGIN}{results.END}")
+    results.write(place / "rows", page, place / "figures")
+    assert re.findall(r"^peft-tsd .* --ranks (\d)$", page.read_text("utf-8"), re.MULTILINE) == ["4", "8"]
+
+
 def test_a_run_that_failed_is_kept_until_it_has_finished(place):
     failed = {**made("lora", 0, 1e-2, 2.0), "status": "failed", "error": "diverged"}
     kept = collect(place, failed)["rows"]
