@@ -48,6 +48,10 @@ def test_the_readme_says_what_the_committed_rows_say():
     means = least_and_most([-100 * grid.mean_against_lora.relative.mean for grid in ours], 0)
     assert f"is {means} % below LoRA's, on each task with p < 0.05" in readme
     assert all(grid.mean_against_lora.paired.adjusted_p < 0.05 for grid in ours)
+    low = [grid for grid in grids(rows_of("smollm2", "smollm2-low")) if grid.group.variant == "gradient-tsd"]
+    assert all(grid.rates[0].rate == 1e-4 and grid.mean_against_lora.paired.adjusted_p < 0.05 for grid in low)
+    means = least_and_most([-100 * grid.mean_against_lora.relative.mean for grid in low], 0)
+    assert f"from 1e-4 on, where LoRA has hardly begun after 60 steps, {means} %" in readme
     words = {2: "two", 3: "three", 4: "four", 5: "five"}
     seeds = [min(len({r["seed"] for r in rows if r["task"] == grid.task and r["variant"] == "gradient-tsd"
                       and r["learning_rate"] == at.rate}) for at in grid.rates) for grid in ours]  # fmt: skip
