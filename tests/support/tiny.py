@@ -91,7 +91,9 @@ def train(model: nn.Module, steps: int, inputs=None, optimizer=None, lr: float =
 
 
 def language_loss(model: nn.Module, step: int) -> torch.Tensor:
-    return model(**batch(step, next(model.parameters()).device)).loss
+    # The first weight may be offloaded.
+    device = next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
+    return model(**batch(step, device)).loss
 
 
 def batch(step: int, device="cpu") -> dict[str, torch.Tensor]:

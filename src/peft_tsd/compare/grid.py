@@ -250,8 +250,13 @@ def _at_text(at: AtRate | None, loss: Callable[[Interval], str]) -> str:
 def _against_text(against: Against | None, p: Callable[[Paired], str]) -> list[str]:
     if against is None:
         return ["", ""]
-    half = "" if against.relative.half is None else f" ± {100 * against.relative.half:.1f}"
-    return [f"{100 * against.relative.mean:+.1f}{half} %", p(against.paired)]
+    return [relative_text(against.relative), p(against.paired)]
+
+
+def relative_text(share: Interval) -> str:
+    """A difference as a share of LoRA's loss, in per cent."""
+    half = "" if share.half is None else f" ± {100 * share.half:.1f}"
+    return f"{100 * share.mean:+.1f}{half} %"
 
 
 def steps_text(at: AtRate) -> str:

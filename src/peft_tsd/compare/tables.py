@@ -213,4 +213,9 @@ def _steps(own: HeldOut) -> str:
 def _p(against: Paired | None) -> str:
     if against is None or against.adjusted_p is None:
         return ""
-    return "< 0.001" if against.adjusted_p < 0.001 else f"{against.adjusted_p:.3f}"
+    return p_text(against.adjusted_p)
+
+
+def p_text(p: float) -> str:
+    """Three digits of a p."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
