@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from peft import get_peft_model
 from torch.utils.data import DataLoader
-from transformers import DataCollatorForSeq2Seq
+from transformers import DataCollatorForSeq2Seq, get_constant_schedule_with_warmup
 
 import stand_in
 from peft_tsd import TsdConfig, advance, export_lora, identify_from_gradients
@@ -31,7 +31,9 @@ model = get_peft_model(base, config)
 
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 loader = DataLoader(data, batch_size=8, shuffle=True, collate_fn=DataCollatorForSeq2Seq(tokenizer))
-model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+# A few steps of warm-up: the first step along the gradient would else be undone in part.
+warm_up = get_constant_schedule_with_warmup(optimizer, 5 * accelerator.num_processes)
+model, optimizer, loader, warm_up = accelerator.prepare(model, optimizer, loader, warm_up)
 first = [batch for batch, _ in zip(loader, range(2), strict=False)]
 identify_from_gradients(model, first)  # the gradient of one, the length of the first step tried on the other
 
@@ -41,6 +43,7 @@ for epoch in range(args.epochs):
             loss = model(**batch).loss
             accelerator.backward(loss)
             optimizer.step()
+            warm_up.step()
             if accelerator.sync_gradients:  # a step was taken, and not only a micro-batch added
                 advance(model, optimizer)
             optimizer.zero_grad()

@@ -32,6 +32,7 @@ trainer = SFTTrainer(
         max_steps=args.steps,
         per_device_train_batch_size=8,
         learning_rate=1e-3,
+        warmup_steps=5,  # the first step along the gradient would else be undone in part
         logging_steps=5,
         save_strategy="no",
         bf16=torch.cuda.is_available(),  # TRL's default, which wants a GPU

@@ -42,6 +42,7 @@ Trainer(
         max_steps=args.steps,
         per_device_train_batch_size=8,
         learning_rate=1e-3,
+        warmup_steps=5,  # the first step along the gradient would else be undone in part
         logging_steps=10,
         save_steps=20,  # any checkpoint resumes, before and after the transition: train(resume_from_checkpoint=True)
         report_to="none",

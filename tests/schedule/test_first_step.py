@@ -97,6 +97,25 @@ def test_a_trainer_takes_it(tmp_path):
     assert first[True] < first[False] - 0.01
 
 
+@pytest.mark.parametrize(
+    ("changes", "schedule", "is_said"),
+    [
+        ({}, {}, True),
+        ({}, {"warmup_steps": 2}, False),
+        ({}, {"warmup_steps": 2, "lr_scheduler_type": "constant"}, True),
+        ({"first_step": False}, {}, False),
+        ({"prelaunch_steps": 1}, {}, False),
+    ],
+    ids=str,
+)
+def test_a_trainer_without_warm_up_is_told_what_it_costs(tmp_path, caplog, changes, schedule, is_said):
+    settings = {"prelaunch_steps": 0, "direction_source": "gradient", **changes}
+    trainer(tmp_path, get_peft_model(tiny.llama(), tiny.config(**settings)), max_steps=2, **schedule).train()
+    told = [record.getMessage() for record in caplog.records if "warmup_steps=5" in record.getMessage()]
+    assert len(told) == is_said
+    assert all("adapter 'default'" in one for one in told)
+
+
 @given(st.floats(-8, 8), st.floats(-4, 4), st.floats(-2, 2))
 def test_on_a_parabola_the_length_is_within_a_factor_of_two(log_best, log_depth, log_slope):
     best, depth = 10**log_best, 10**log_depth

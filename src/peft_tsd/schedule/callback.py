@@ -130,6 +130,14 @@ class TsdCallback(TrainerCallback):
                     )
                 self._batches = first_batches(given, train_dataloader) if isinstance(given, int) else list(given)
                 self._identify_if_due(model, optimizer, layers, adapter, state)
+                begun = config.begins_with_step and phase_of(layers, adapter) == "dash"
+                if begun and state.is_world_process_zero and optimizer is not None and not warms_up(optimizer):
+                    log.warning(
+                        "The learning rate is at its full height from the first optimizer step on, which can undo "
+                        "much of the first step along the gradient that adapter %r has just begun with. Let it rise "
+                        "over a few steps, as warmup_steps=5 does.",
+                        adapter,
+                    )
             if config.prelaunch_steps == 0:
                 continue
             shortest = config.prelaunch_min if config.prelaunch_steps == "auto" else config.longest_prelaunch
@@ -259,6 +267,11 @@ def _trained(model: nn.Module) -> list[tuple[DirectionSettings, dict[str, Direct
         layers = adapted_layers(model, adapter)
         found.append((config_of(layers, adapter), layers, adapter))
     return found
+
+
+def warms_up(optimizer: Optimizer) -> bool:
+    """Whether a learning rate is still to rise, as a schedule at its first step has it."""
+    return any(group["lr"] < group.get("initial_lr", group["lr"]) for group in optimizer.param_groups)
 
 
 def first_batches(number: int, dataloader: Any) -> list[Any]:
