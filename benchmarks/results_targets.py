@@ -36,7 +36,7 @@ def targets(rows: Sequence[Row], variant: str) -> str:
         _line(_over_rates(found), found, _mean, lambda each: all(one.relative.mean <= -0.05 for one in each)),
         *(_steps_line(found, rate) for rate in sorted({at.rate for grid in found for at in grid.rates})
           if CUSTOMARY[0] <= rate <= CUSTOMARY[1]),
-        _line("tuned, level with PEFT’s LoRA-GA or better (95 %)", _paired_with(common, variant), lambda one: one,
+        _line("tuned, level with PEFT’s LoRA-GA or better (95 %)", against_lora_ga(common, variant), lambda one: one,
               lambda each: not any(map(_is_worse, each))),
         _memory_line(common, variant),
     ]  # fmt: skip
@@ -93,7 +93,7 @@ def _steps_line(found: Sequence[Grid], rate: float) -> list[str]:
     return [f"at {rate_text(rate)}, 0.75 of LoRA’s steps to its final loss", *texts, "yes" if met else "no"]
 
 
-def _paired_with(rows: Sequence[Row], variant: str) -> list[Against | None]:
+def against_lora_ga(rows: Sequence[Row], variant: str) -> list[Against | None]:
     """The variant against LoRA-GA, each at its own best rate, over the seeds that both have there."""
     # As if LoRA-GA were LoRA: then the grid's own comparison is that with it.
     renamed = [{**row, "variant": "lora", "method": "lora"} for row in rows if row["variant"] == "lora-ga"]

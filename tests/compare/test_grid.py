@@ -62,6 +62,17 @@ def test_the_best_rate_is_chosen_by_validation_rows():
     assert lora.best.mean == pytest.approx(2.1)
 
 
+def test_a_seed_that_ran_at_some_rates_alone_does_not_choose_among_them():
+    """More seeds at the best rate, harder ones, do not make it worse than another where the easy one stands alone."""
+    harder = [run("lora", seed, 1e-3, 1.4) for seed in (1, 2)]
+    [lora] = grids([run("lora", 0, 1e-3, 1.0), run("lora", 0, 1e-2, 1.1), *harder])
+    assert lora.best_rate == 1e-3
+    assert lora.best.mean == pytest.approx(3.8 / 3)
+    # Of rates without a seed in common each has its own.
+    [lora] = grids([run("lora", 0, 1e-3, 1.0), run("lora", 1, 1e-2, 0.9)])
+    assert lora.best_rate == 1e-2
+
+
 def test_each_is_compared_at_its_own_best_rate():
     slower = [run("ours", s, rate, LORA[other][s]) for rate, other in ((1e-3, 1e-2), (1e-2, 1e-3)) for s in range(3)]
     lora, ours = grids([r for r in rows() if r["variant"] == "lora"] + slower)

@@ -2,7 +2,8 @@
 
 Where every run is done at every rate of a grid, with every seed, each task and group says three things: its loss at
 each rate, the mean over the grid (what one gains who does not tune), and its loss at its best rate. The best rate is
-that with the lowest mean over seeds of the loss on validation rows; where there are none, of the held-out loss.
+that with the lowest mean, over the seeds that have run at every rate, of the loss on validation rows; where there are
+none, of the held-out loss.
 """
 
 from __future__ import annotations
@@ -139,10 +140,13 @@ def _means(rates: Mapping[float, BySeed]) -> dict[int, float]:
 
 def _best(rates: Mapping[float, BySeed]) -> float | None:
     whole = {rate: runs for rate, runs in rates.items() if runs and len(_losses(runs)) == len(runs)}
+    # A seed that ran at some rates alone would favour those where it is easy, or the others.
+    shared = set.intersection(*map(set, whole.values())) if whole else set()
 
     def chosen_by(rate: float) -> float:
-        losses = [row.get("validation_loss") for row in whole[rate].values()]
-        return fmean(_losses(whole[rate]).values() if None in losses else losses)  # type: ignore[arg-type]
+        runs = {seed: row for seed, row in whole[rate].items() if seed in shared or not shared}
+        losses = [row.get("validation_loss") for row in runs.values()]
+        return fmean(_losses(runs).values() if None in losses else losses)  # type: ignore[arg-type]
 
     return min(whole, key=chosen_by, default=None)
 

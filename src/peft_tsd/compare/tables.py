@@ -104,9 +104,10 @@ def held_out(summaries: Sequence[Summary]) -> tuple[list[str], list[list[str]]] 
 
 GRID_LEGEND = (
     "Final held-out losses over the learning rate, one task by itself. “mean”: over the rates, of seeds that finished "
-    "at all. “best rate”: that with the lowest loss on validation rows (without such, of the rows scored); “tuned”: "
-    "the loss there. “− LoRA”: relative to LoRA’s, over the same seeds, in “tuned” LoRA’s at its own best rate; p as "
-    "above. “steps”: until LoRA’s final loss at the same rate and seed, 1 being as many as LoRA took."
+    "at all. “best rate”: that with the lowest loss on validation rows (without such, of the rows scored), over the "
+    "seeds that ran at every rate; “tuned”: the loss there, of all its seeds. “− LoRA”: relative to LoRA’s, over the "
+    "same seeds, in “tuned” LoRA’s at its own best rate; p as above. “steps”: until LoRA’s final loss at the same "
+    "rate and seed, 1 being as many as LoRA took."
 )
 
 
