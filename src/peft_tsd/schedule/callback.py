@@ -131,7 +131,7 @@ class TsdCallback(TrainerCallback):
                 self._batches = first_batches(given, train_dataloader) if isinstance(given, int) else list(given)
                 self._identify_if_due(model, optimizer, layers, adapter, state)
                 begun = config.begins_with_step and phase_of(layers, adapter) == "dash"
-                if begun and state.is_world_process_zero and optimizer is not None and not warms_up(optimizer):
+                if begun and state.is_world_process_zero and not warms_up(optimizer, args.learning_rate):
                     log.warning(
                         "The learning rate is at its full height from the first optimizer step on, which can undo "
                         "much of the first step along the gradient that adapter %r has just begun with. Let it rise "
@@ -269,9 +269,15 @@ def _trained(model: nn.Module) -> list[tuple[DirectionSettings, dict[str, Direct
     return found
 
 
-def warms_up(optimizer: Optimizer) -> bool:
-    """Whether a learning rate is still to rise, as a schedule at its first step has it."""
-    return any(group["lr"] < group.get("initial_lr", group["lr"]) for group in optimizer.param_groups)
+def warms_up(optimizer: Optimizer | None, learning_rate: float) -> bool:
+    """Whether a learning rate is still to rise, as a schedule at its first step has it; where nobody knows, it is.
+
+    Args:
+        optimizer: As training begins with it.
+        learning_rate: How high it rises where the schedule does not say so (DeepSpeed's own).
+    """
+    groups = [] if optimizer is None else optimizer.param_groups
+    return not groups or any(group["lr"] < group.get("initial_lr", learning_rate) for group in groups)
 
 
 def first_batches(number: int, dataloader: Any) -> list[Any]:
