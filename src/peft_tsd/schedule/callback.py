@@ -36,7 +36,7 @@ class TsdCallback(TrainerCallback):
     An adapter without a pre-launch (`prelaunch_steps=0`) gets its directions before the first step, from the gradients
     of a few batches (`identify_from_gradients`); one with directions of the gradient, after its pre-launch.
 
-    A first step along the gradient can be undone in part by the learning rate at its full height: where training begins
+    A first step along the gradient can be undone in part by a learning rate at its full height: where training begins
     without warm-up, the log warns of that.
 
     A pre-launch for directions of the weight of which no length was said takes a fifth of the run, 100 steps at most.
