@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from peft import LoHaConfig, get_peft_model
 
 from peft_tsd import DashConfig, TsdConfig, export_lora, identify_from_gradients
+from peft_tsd.schedule.callback import warms_up
 from peft_tsd.schedule.first_step import FIRST_TRIED, MOST_TRIED, best_length
 from peft_tsd.tuner.phase import adapted_layers
 from support import tiny
@@ -114,6 +115,15 @@ def test_a_trainer_without_warm_up_is_told_what_it_costs(tmp_path, caplog, chang
     told = [record.getMessage() for record in caplog.records if "warmup_steps=5" in record.getMessage()]
     assert len(told) == is_said
     assert all("adapter 'default'" in one for one in told)
+
+
+def test_a_schedule_that_does_not_say_how_high_it_rises_is_told_by_the_rate_of_the_training():
+    """DeepSpeed's own, which leaves no `initial_lr`; and where there is no optimizer to ask, nothing is said."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-6)
+    assert warms_up(optimizer, 1e-3)
+    optimizer.param_groups[0]["lr"] = 1e-3
+    assert not warms_up(optimizer, 1e-3)
+    assert warms_up(None, 1e-3)
 
 
 @given(st.floats(-8, 8), st.floats(-4, 4), st.floats(-2, 2))

@@ -134,14 +134,18 @@ def _losses(runs: BySeed) -> dict[int, float]:
 
 def _means(rates: Mapping[float, BySeed]) -> dict[int, float]:
     losses = [_losses(runs) for runs in rates.values()]
-    seeds = set.intersection(*map(set, losses)) if losses else set()
-    return {seed: fmean(own[seed] for own in losses) for seed in sorted(seeds)}
+    return {seed: fmean(own[seed] for own in losses) for seed in sorted(_in_all(losses))}
+
+
+def _in_all(rates: Sequence[Mapping[int, Any]]) -> set[int]:
+    """The seeds that every rate has."""
+    return set.intersection(*map(set, rates)) if rates else set()
 
 
 def _best(rates: Mapping[float, BySeed]) -> float | None:
     whole = {rate: runs for rate, runs in rates.items() if runs and len(_losses(runs)) == len(runs)}
     # A seed that ran at some rates alone would favour those where it is easy, or the others.
-    shared = set.intersection(*map(set, whole.values())) if whole else set()
+    shared = _in_all(list(whole.values()))
 
     def chosen_by(rate: float) -> float:
         runs = {seed: row for seed, row in whole[rate].items() if seed in shared or not shared}

@@ -25,6 +25,11 @@ from .stepping import advance, check_replicas, check_unmerged, identify_from_gra
 START_BATCHES = 8
 """How many batches tell enough of a dense gradient, or of inputs, to start from, where nobody says how many."""
 
+NO_WARM_UP = (
+    "The learning rate is at its full height from the first optimizer step on, which can undo much of the first step "
+    "along the gradient that adapter %r has just begun with. Let it rise over a few steps, as warmup_steps=5 does."
+)
+
 
 class TsdCallback(TrainerCallback):
     """Runs the schedule of TSD adapters in transformers' Trainer and in TRL's trainers.
@@ -135,12 +140,7 @@ class TsdCallback(TrainerCallback):
                 self._identify_if_due(model, optimizer, layers, adapter, state)
                 begun = config.begins_with_step and phase_of(layers, adapter) == "dash"
                 if begun and state.is_world_process_zero and not warms_up(optimizer, args.learning_rate):
-                    log.warning(
-                        "The learning rate is at its full height from the first optimizer step on, which can undo "
-                        "much of the first step along the gradient that adapter %r has just begun with. Let it rise "
-                        "over a few steps, as warmup_steps=5 does.",
-                        adapter,
-                    )
+                    log.warning(NO_WARM_UP, adapter)
             if config.prelaunch_steps == 0:
                 continue
             shortest = config.prelaunch_min if config.prelaunch_steps == "auto" else config.longest_prelaunch
