@@ -10,7 +10,7 @@ from peft import LoHaConfig, get_peft_model
 
 from peft_tsd import DashConfig, TsdConfig, export_lora, identify_from_gradients
 from peft_tsd.schedule.callback import warms_up
-from peft_tsd.schedule.first_step import FIRST_TRIED, MOST_TRIED, best_length
+from peft_tsd.schedule.first_step import FIRST_TRIED, MOST_TRIED, WORTH_HALVING, best_length
 from peft_tsd.tuner.phase import adapted_layers
 from support import tiny
 from support.gradients import batch, dense_gradients
@@ -142,9 +142,9 @@ def test_on_a_parabola_the_length_is_within_a_factor_of_two(log_best, log_depth,
     assert len(tried) <= 9
 
 
-@given(st.integers(-6, 6))
-def test_it_is_the_best_of_all_doublings_and_halvings(k):
-    """The best may be longer or shorter than the first tried, as far as there are tries."""
+@given(st.integers(0, 6))
+def test_it_is_the_best_of_all_doublings(k):
+    """The best may be as much longer than the first tried as there are tries."""
     best = FIRST_TRIED * 2.0**k
     tried = []
 
@@ -154,9 +154,36 @@ def test_it_is_the_best_of_all_doublings_and_halvings(k):
 
     # The loss at zero is 10.
     assert best_length(loss_at, 10.0)[0] == best
-    assert len(tried) == len(set(tried)) <= 1 + MOST_TRIED
-    if k in (0, -1, 1):
-        assert len(tried) == 4 + (k == -1)
+    assert len(tried) == len(set(tried)) == k + 3 <= 1 + MOST_TRIED
+
+
+@given(st.floats(-5, 5), st.floats(1, 4), st.floats(-6, 6))
+def test_on_a_convex_curve_what_shorter_lengths_could_add_is_a_fifth_of_the_gain_at_most(log2_best, power, log2_depth):
+    best, depth = FIRST_TRIED * 2.0**log2_best, 2.0**log2_depth
+    tried = []
+
+    def loss_at(length):
+        tried.append(length)
+        return depth * (1 + abs(length / best - 1) ** power)
+
+    length, before, after = best_length(loss_at, loss_at(0.0))
+    others = [loss_at(length * 2.0**k) for k in range(-8, 9)]
+    assert after - min(others) <= WORTH_HALVING * (before - after) * (1 + 1e-9)
+    assert len(tried) - 1 - len(others) <= 1 + MOST_TRIED
+
+
+def test_shorter_lengths_are_not_tried_where_doubling_costs_little():
+    tried = []
+
+    def loss_at(length):
+        tried.append(length)
+        return {0.0: 8.0, 0.5: 1.0, 1.0: 2.0, 2.0: 3.0}[length]
+
+    assert best_length(loss_at, 8.0) == (1.0, 8.0, 2.0)
+    assert tried == [0.0, 1.0, 2.0]
+    tried.clear()
+    curve = {0.0: 8.0, 0.25: 5.0, 0.5: 1.0, 1.0: 2.0, 2.0: math.nan}
+    assert best_length(curve.__getitem__, 8.0) == (0.5, 8.0, 1.0)
 
 
 def test_where_no_length_is_better_none_is_taken():

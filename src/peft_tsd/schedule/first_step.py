@@ -28,9 +28,14 @@ from .gradients import Loss, undisturbed
 
 log = logging.getLogger(__name__)
 
-FIRST_TRIED = 1 / 2
+FIRST_TRIED = 1.0
 """The first length tried: the one that would take this part off the loss, were it linear. Usually it is the best, or
-half the best, so that three lengths are tried.
+the best is two or four times as long.
+"""
+
+WORTH_HALVING = 1 / 5
+"""Shorter lengths are tried where doubling costs more than this part of what the length gains: on a convex curve what
+all of them could add is at most what doubling costs.
 """
 
 MOST_TRIED = 8
@@ -111,14 +116,18 @@ def best_length(loss_at: Callable[[float], float], slope: float) -> tuple[float,
             losses[length] = loss_at(length)
         return losses[length] < other
 
+    def worth_halving(length: float) -> bool:
+        doubled, here = losses.get(2 * length, math.inf), losses[length]
+        return not doubled - here <= WORTH_HALVING * (before - here)
+
     while not lowers(length, before):
         if len(losses) == MOST_TRIED:
             return 0.0, before, before
         length /= 4
-    for factor in (2.0, 0.5):
-        begun = length
-        while lowers(length * factor, losses[length]):
-            length *= factor
-        if length != begun:
-            break
+    begun = length
+    while lowers(2 * length, losses[length]):
+        length *= 2
+    if length == begun:
+        while worth_halving(length) and lowers(length / 2, losses[length]):
+            length /= 2
     return length, before, losses[length]
