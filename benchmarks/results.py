@@ -176,7 +176,7 @@ def shown(content: Row, section: Row) -> Row:
 
 
 def write(rows: Path = ROWS, page: Path = PAGE, figures: Path = FIGURES) -> None:
-    """Write the page's generated part, and its figures.
+    """Write the page's generated part, and its figures: of the file with the most rows first.
 
     Raises:
         ValueError: The page does not say where that part is.
@@ -188,12 +188,12 @@ def write(rows: Path = ROWS, page: Path = PAGE, figures: Path = FIGURES) -> None
         raise ValueError(f"{page} lacks {BEGIN!r} or {END!r}, between which the generated part stands")
     sections = []
     figures.mkdir(exist_ok=True)
-    for path in sorted(rows.glob("*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
+    contents = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(rows.glob("*.json"))}
+    for name, content in sorted(contents.items(), key=lambda named: -len(named[1]["rows"])):
         for one in content["sections"]:
             part = shown(content, one)
             drawn = draw(part["rows"], figures, one["name"])
-            sections.append(section(part, path.stem, [f"{figures.name}/{name}" for name in drawn]))
+            sections.append(section(part, name, [f"{figures.name}/{figure}" for figure in drawn]))
     made = "\n\n".join(sections) or "No rows have been collected yet."
     page.write_text(f"{before}{BEGIN}\n\n{made}\n\n{END}{after}", encoding="utf-8")
 

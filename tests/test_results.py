@@ -152,6 +152,28 @@ def test_what_the_page_says_of_other_starts_and_of_arithmetic_is_what_its_rows_s
     )
 
 
+def test_what_the_page_says_does_it_is_what_the_rows_say():
+    over_rates = {
+        (one.task, one.group.variant): one.mean_against_lora.relative.mean
+        for one in grids(rows_of("smollm2", "smollm2-ablations"))
+        if one.mean_against_lora
+    }
+    gains = {variant: over_rates["spell", variant] for variant in ("gradient-tsd", "gradient-tsd-still")}
+    assert gains["gradient-tsd-still"] < 0.9 * gains["gradient-tsd"] < 0
+    at = {(one.task, one.group.variant): one.rates for one in grids(rows_of("smollm2", "smollm2-ablations"))}
+    for whole, still in zip(at["family", "gradient-tsd"], at["family", "gradient-tsd-still"], strict=True):
+        assert whole.loss.mean < still.loss.mean
+    assert all(over_rates[task, "random-tsd"] > -0.005 for task in ("family", "spell"))
+    choices = {one.group.variant: one for one in grids(rows_of("smollm2", "smollm2-choices")) if one.mean_against_lora}
+    gain = {variant: -one.mean_against_lora.relative.mean for variant, one in choices.items()}
+    whole = gain["gradient-tsd"]
+    assert abs(gain["gradient-init"] - whole) < 0.01
+    assert gain["gradient-dash"] < whole / 2
+    assert whole > gain["gradient-tsd-at-10"] > gain["gradient-tsd-at-20"] > 0 > gain["gradient-tsd-dropped"]
+    assert abs(gain["gradient-tsd-batches-8"] - whole) < 0.01
+    assert choices["gradient-tsd-ratio-10"].rates[-1].loss.mean > choices["gradient-tsd"].rates[-1].loss.mean
+
+
 RECIPE = {
     "model": {"name": "/somewhere/model", "dtype": "float32"},
     "optimizer": {"learning_rate": 1e-3, "name": "adamw_torch"},
@@ -244,6 +266,18 @@ def test_a_section_shows_what_it_names_alone(place):
     assert {path.name for path in (place / "figures").iterdir()} == {
         f"{name}-{kind}.svg" for name in ("part", "one") for kind in ("rates", "curves")
     }
+
+
+def test_the_file_with_the_most_rows_comes_first(place):
+    for name, seeds in (("few", (0,)), ("many", (0, 1))):
+        (place / "results.json").write_text(
+            json.dumps({"command": None, "runs": [made("lora", seed, 1e-3, 2.0) for seed in seeds]})
+        )
+        results.collect(place, name)
+    page = place / "page.md"
+    page.write_text(f"{results.BEGIN}{results.END}")
+    results.write(place / "rows", page, place / "figures")
+    assert re.findall(r"^## (\w+)$", page.read_text("utf-8"), re.MULTILINE) == ["many", "few"]
 
 
 def test_the_same_rows_draw_the_same_bytes(place):
