@@ -160,6 +160,25 @@ def test_what_the_page_says_of_other_starts_and_of_arithmetic_is_what_its_rows_s
     )
 
 
+def test_what_the_page_says_of_the_papers_three_is_what_their_rows_say():
+    rows = rows_of("smollm2", "smollm2")
+    tuned = {(g.task, g.group.variant): g.best_against_lora for g in grids(rows) if g.best_against_lora}
+    assert all(one.paired.adjusted_p > 0.05 for (_, name), one in tuned.items() if name.startswith("paper-"))
+    share = {key: one.relative.mean for key, one in tuned.items()}
+    assert sorted(abs(share[task, "paper-dash"]) < 0.01 for task in TASKS) == [False, True, True]
+    assert 0.3 < share["words", "paper-tsd"] < 0.4 < share["words", "paper-init"] < 0.55
+    page = " ".join(results.PAGE.read_text("utf-8").split())
+    [one_seed] = [
+        grid.best_against_lora.relative.mean
+        for grid in grids([row for row in rows if row["seed"] == 0])
+        if (grid.task, grid.group.variant) == ("family", "paper-init")
+    ]
+    assert (
+        f"One seed of LoRA-Init is {-100 * one_seed:.0f} % ahead on `family`; with five the mean is "
+        f"{100 * share['family', 'paper-init']:.0f} % above LoRA's." in page
+    )
+
+
 def test_what_the_page_says_does_it_is_what_the_rows_say():
     over_rates = {
         (one.task, one.group.variant): one.mean_against_lora.relative.mean
