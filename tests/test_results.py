@@ -160,6 +160,21 @@ def test_what_the_page_says_of_other_starts_and_of_arithmetic_is_what_its_rows_s
     )
 
 
+def test_what_the_page_says_of_rank_8_is_what_its_rows_say():
+    page = " ".join(results.PAGE.read_text("utf-8").split())
+    found = {one.task: one for one in grids(rows_of("smollm2", "smollm2-r8")) if one.group.variant == "gradient-tsd"}
+    over_rates, best = (
+        -100 * one.relative.mean for one in (found["spell"].mean_against_lora, found["spell"].best_against_lora)
+    )
+    low, high = found["words"].rates
+    assert (low.rate, high.rate) == (1e-3, 3e-3)
+    assert high.against_lora.relative.mean > 0
+    assert (
+        f"it gains {over_rates:.0f} % over the rates on `spell` and {best:.0f} % at the best one, and on `words` "
+        f"{-100 * low.against_lora.relative.mean:.0f} % at 1e-3 and nothing at 3e-3" in page
+    )
+
+
 def test_what_the_page_says_of_the_papers_three_is_what_their_rows_say():
     rows = rows_of("smollm2", "smollm2")
     tuned = {(g.task, g.group.variant): g.best_against_lora for g in grids(rows) if g.best_against_lora}
