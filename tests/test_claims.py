@@ -14,7 +14,7 @@ results_targets = pytest.importorskip("results_targets", reason="as results")
 
 
 TASKS = ("family", "spell", "words")
-README = " ".join((ROOT / "README.md").read_text("utf-8").split())
+README, PAGE = (" ".join(path.read_text("utf-8").split()) for path in (ROOT / "README.md", results.PAGE))
 
 
 def rows_of(file, section):
@@ -125,16 +125,15 @@ def test_what_the_readme_says_of_eva_and_pissa_is_what_their_rows_say():
 
 
 def test_what_the_page_says_of_other_starts_and_of_arithmetic_is_what_its_rows_say():
-    page = " ".join(results.PAGE.read_text("utf-8").split())
     found = {(one.task, one.group.variant): one for one in grids(rows_of("smollm2", "smollm2"))}
     assert (
-        "Its best rate is a third of LoRA's on each, and at 1e-2 it is behind LoRA by 40 % and more (one seed)" in page
+        "Its best rate is a third of LoRA's on each, and at 1e-2 it is behind LoRA by 40 % and more (one seed)" in PAGE
     )
     for task in TASKS:
         theirs, lora = found[task, "lora-ga"], found[task, "lora"]
         assert 0.3 <= theirs.best_rate / lora.best_rate <= 0.34
         assert theirs.rates[-1].against_lora.relative.mean > 0.4
-    assert "less than this one at every rate; EVA's start costs five times as much" in page
+    assert "less than this one at every rate; EVA's start costs five times as much" in PAGE
     starts = {one.group.variant: one for one in grids(rows_of("smollm2", "smollm2-starts"))}
     for name in ("eva", "pissa"):
         ours, theirs = starts["gradient-tsd"].rates, starts[name].rates
@@ -142,12 +141,11 @@ def test_what_the_page_says_of_other_starts_and_of_arithmetic_is_what_its_rows_s
     [math] = [one for one in grids(rows_of("smollm2", "smollm2-math")) if one.group.variant == "gradient-tsd"]
     less = [f"{-100 * at.against_lora.relative.mean:.0f} % at {rate_text(at.rate)}" for at in math.rates]
     assert (
-        f"on worked arithmetic, whose form the model knows beforehand, {less[0]} and {less[1]}, with one seed" in page
+        f"on worked arithmetic, whose form the model knows beforehand, {less[0]} and {less[1]}, with one seed" in PAGE
     )
 
 
 def test_what_the_page_says_of_rank_8_is_what_its_rows_say():
-    page = " ".join(results.PAGE.read_text("utf-8").split())
     found = {one.task: one for one in grids(rows_of("smollm2", "smollm2-r8")) if one.group.variant == "gradient-tsd"}
     over_rates, best = (
         -100 * one.relative.mean for one in (found["spell"].mean_against_lora, found["spell"].best_against_lora)
@@ -157,7 +155,7 @@ def test_what_the_page_says_of_rank_8_is_what_its_rows_say():
     assert high.against_lora.relative.mean > 0
     assert (
         f"it gains {over_rates:.0f} % over the rates on `spell` and {best:.0f} % at the best one, and on `words` "
-        f"{-100 * low.against_lora.relative.mean:.0f} % at 1e-3 and nothing at 3e-3" in page
+        f"{-100 * low.against_lora.relative.mean:.0f} % at 1e-3 and nothing at 3e-3" in PAGE
     )
 
 
@@ -168,7 +166,6 @@ def test_what_the_page_says_of_the_papers_three_is_what_their_rows_say():
     share = {key: one.relative.mean for key, one in tuned.items()}
     assert sorted(abs(share[task, "paper-dash"]) < 0.01 for task in TASKS) == [False, True, True]
     assert 0.3 < share["words", "paper-tsd"] < 0.4 < share["words", "paper-init"] < 0.55
-    page = " ".join(results.PAGE.read_text("utf-8").split())
     [one_seed] = [
         grid.best_against_lora.relative.mean
         for grid in grids([row for row in rows if row["seed"] == 0])
@@ -176,22 +173,23 @@ def test_what_the_page_says_of_the_papers_three_is_what_their_rows_say():
     ]
     assert (
         f"One seed of LoRA-Init is {-100 * one_seed:.0f} % ahead on `family`; with five the mean is "
-        f"{100 * share['family', 'paper-init']:.0f} % above LoRA's." in page
+        f"{100 * share['family', 'paper-init']:.0f} % above LoRA's." in PAGE
     )
 
 
 def test_what_the_page_says_does_it_is_what_the_rows_say():
-    over_rates = {
-        (one.task, one.group.variant): one.mean_against_lora.relative.mean
-        for one in grids(rows_of("smollm2", "smollm2-ablations"))
-        if one.mean_against_lora
-    }
+    found = {(one.task, one.group.variant): one for one in grids(rows_of("smollm2", "smollm2-ablations"))}
+    over_rates = {key: one.mean_against_lora.relative.mean for key, one in found.items() if one.mean_against_lora}
+    assert "without the first step, make up nearly all of the gain on `spell`" in PAGE
     gains = {variant: over_rates["spell", variant] for variant in ("gradient-tsd", "gradient-tsd-still")}
     assert gains["gradient-tsd-still"] < 0.9 * gains["gradient-tsd"] < 0
-    at = {(one.task, one.group.variant): one.rates for one in grids(rows_of("smollm2", "smollm2-ablations"))}
-    for whole, still in zip(at["family", "gradient-tsd"], at["family", "gradient-tsd-still"], strict=True):
-        assert whole.loss.mean < still.loss.mean
+    assert "on `family` the first step adds to it at every rate. Random directions in their place gain nothing" in PAGE
+    stepped, still = (found["family", variant].rates for variant in gains)
+    assert all(one.loss.mean < other.loss.mean for one, other in zip(stepped, still, strict=True))
     assert all(over_rates[task, "random-tsd"] > -0.005 for task in ("family", "spell"))
+    assert "(LoRA-Init) does as well by itself as with scalars along them (LoRA-TSD)" in PAGE
+    assert "scalars by themselves (LoRA-Dash) do less than half as much. Earlier is better" in PAGE
+    assert "Eight batches find no better directions than two, and Δσ at ten times the rate is worse" in PAGE
     choices = {one.group.variant: one for one in grids(rows_of("smollm2", "smollm2-choices")) if one.mean_against_lora}
     gain = {variant: -one.mean_against_lora.relative.mean for variant, one in choices.items()}
     whole = gain["gradient-tsd"]

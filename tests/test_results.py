@@ -51,9 +51,9 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def collect(place, *runs, command="peft-tsd compare x"):
+def collect(place, *runs, command="peft-tsd compare x", name="proof"):
     (place / "results.json").write_text(json.dumps({"command": command, "runs": runs}))
-    return json.loads(results.collect(place, "proof").read_text("utf-8"))
+    return json.loads(results.collect(place, name).read_text("utf-8"))
 
 
 def test_rows_are_collected_merged_and_shown(place):
@@ -122,10 +122,7 @@ def test_a_section_shows_what_it_names_alone(place):
 
 def test_the_file_with_the_most_rows_comes_first(place):
     for name, seeds in (("few", (0,)), ("many", (0, 1))):
-        (place / "results.json").write_text(
-            json.dumps({"command": None, "runs": [made("lora", seed, 1e-3, 2.0) for seed in seeds]})
-        )
-        results.collect(place, name)
+        collect(place, *(made("lora", seed, 1e-3, 2.0) for seed in seeds), name=name)
     page = place / "page.md"
     page.write_text(f"{results.BEGIN}{results.END}")
     results.write(place / "rows", page, place / "figures")
